@@ -47,7 +47,7 @@ trainer checkpoints: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer explain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer verify: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --all --deep --json
 trainer drain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --no-wait --json
-trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --json
+trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --merge --dtype --json
 trainer generate: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --prompt --tokens --temperature --seed \
 --eos-token --json
 trainer prune: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --keep-last --keep-every --keep-best --damaged \

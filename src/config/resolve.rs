@@ -10,8 +10,8 @@ use serde_json::Value as Json;
 use toml::Value;
 
 use super::{
-    CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, Machine, ModelConfig,
-    ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig,
+    ALL_LINEAR, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, LoraConfig, Machine,
+    ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig,
     RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig, TrainTask,
     error::Origin, raw::Raw, text, workers_per_node,
 };
@@ -21,6 +21,11 @@ use crate::error::{Error, Kind};
 const MAX_MODEL_CONFIG: u64 = 1 << 20;
 /// The most steps of a run: some two million million.
 pub const MAX_STEPS: u64 = (1 << 41) - 1;
+
+/// The highest rank of adapters: beyond it they are larger than what they are added to in models of any size in use.
+const MAX_RANK: u32 = 4096;
+/// `model.lora.alpha` unless given.
+pub(super) const DEFAULT_ALPHA: f64 = 16.0;
 
 pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("llama", ModelKind::Llama)];
 pub(super) const TOKENIZER_RULES: &[(&str, TokenizerRule)] =
@@ -250,7 +255,31 @@ fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
     if !config.is_object() {
         return Err(named("not a JSON object, as a Hugging Face config.json is".into()));
     }
-    Ok(ModelConfig { kind, config, init_from })
+    let lora = lora(raw, init_from.is_some())?;
+    Ok(ModelConfig { kind, config, init_from, lora })
+}
+
+/// The adapters, if there are any. Whether the model has the layers is checked with the model.
+fn lora(raw: &Raw, has_weights: bool) -> Result<Option<LoraConfig>, ConfigError> {
+    let rank = raw.whole("model.lora.rank", 0..=MAX_RANK)?;
+    let alpha = raw.number("model.lora.alpha", |alpha| alpha > 0.0, "a number above 0")?;
+    let targets = raw.names("model.lora.targets", ALL_LINEAR)?;
+    raw.number("model.lora.dropout", |dropout| dropout == 0.0, "0: dropout is not supported")?;
+    if rank == 0 {
+        let typed = ["model.lora.alpha", "model.lora.targets"];
+        return match typed.into_iter().find(|key| !matches!(raw.origin(key), Origin::Default)) {
+            Some(key) => Err(ConfigError::Together(format!(
+                "{key} is set, but model.lora.rank is 0, so there are no adapters: set model.lora.rank, such as 16"
+            ))),
+            None => Ok(None),
+        };
+    }
+    if !has_weights {
+        return Err(ConfigError::Together(format!(
+            "model.lora.rank = {rank} needs model.init_from: adapters are trained beside a model's weights"
+        )));
+    }
+    Ok(Some(LoraConfig { rank, alpha, targets, base: Vec::new() }))
 }
 
 /// The object of that URI; or the file from the working directory, else from the configuration's folder.

@@ -87,7 +87,8 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                 model: ModelConfig {
                     kind: ModelKind::Llama,
                     config: serde_json::json!({"hidden_size": 64}),
-                    init_from: None
+                    init_from: None,
+                    lora: None,
                 },
                 data: DataConfig {
                     train: format!("{root}/runs/data/rust"),

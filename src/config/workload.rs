@@ -35,6 +35,39 @@ pub struct ModelConfig {
     pub config: serde_json::Value,
     /// A Hugging Face model folder or URI whose weights the run starts from; `None`: random weights from `train.seed`.
     pub init_from: Option<String>,
+    /// Train adapters beside these weights, which stay as they are; `None`: train all weights. Stored only if there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
+}
+
+/// Low-rank adapters (Hu et al., arXiv 2106.09685): a linear layer W computes W·x + alpha/rank · B·(A·x), and A and B
+/// are trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoraConfig {
+    /// Rows of A, columns of B.
+    pub rank: u32,
+    /// `rank` times the factor of what the adapters add.
+    pub alpha: f64,
+    /// The names of the linear layers that have adapters; or [`ALL_LINEAR`] alone: every one of each block.
+    pub targets: Vec<String>,
+    /// The files of the weights beside which the adapters are trained. Found out when the run is created; a run's
+    /// adapters mean nothing beside others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub base: Vec<BaseFile>,
+}
+
+/// The word of `model.lora.targets` for every linear layer of each block.
+pub const ALL_LINEAR: &str = "all-linear";
+
+/// A file of the weights that a run leaves as they are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseFile {
+    /// Its name in the folder `model.init_from`.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// CRC64-NVME of all its bytes, 16 hex digits.
+    pub crc64: String,
 }
 
 /// The architectures that can be trained.

@@ -23,6 +23,7 @@ pub(super) fn config() -> RunConfig {
                 kind: ModelKind::Llama,
                 config: serde_json::json!({"hidden_size": 8}),
                 init_from: None,
+                lora: None,
             },
             data: DataConfig {
                 train: "data".into(),

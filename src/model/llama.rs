@@ -12,6 +12,7 @@ use super::{
     BuildSettings, Doing, Model, ModelError, Parameter, Positions, Stage, Weight, init,
     llama_config::{EMBEDDING, FINAL_NORM, LlamaConfig, OUTPUT, layer_of, layer_prefix},
     loss::linear_cross_entropy,
+    lora::Adapter,
     rope::{RopeTable, Turns},
 };
 use crate::config::Precision;
@@ -22,6 +23,8 @@ pub struct Llama {
     precision: Precision,
     device: Device,
     parameters: Vec<Parameter>,
+    /// The factor of what adapters add, if there are any.
+    adapted: Option<f64>,
     parts: Parts,
     rope: RopeTable,
 }
@@ -50,10 +53,11 @@ struct Layer {
 struct Linear {
     weight: Weight,
     bias: Option<Weight>,
+    adapter: Option<Adapter>,
 }
 
 impl Parts {
-    fn assemble(config: &LlamaConfig, parameters: &[Parameter]) -> Result<Self, ModelError> {
+    fn assemble(config: &LlamaConfig, parameters: &[Parameter], adapted: Option<f64>) -> Result<Self, ModelError> {
         let named: HashMap<&str, &Weight> =
             parameters.iter().map(|parameter| (parameter.name.as_str(), &parameter.weight)).collect();
         let get = |name: &str| {
@@ -66,7 +70,9 @@ impl Parts {
                 let norm = |name: &str| get(&format!("{prefix}{name}.weight"));
                 let linear = |name: &str, bias: bool| {
                     let bias = bias.then(|| get(&format!("{prefix}{name}.bias"))).transpose()?;
-                    Ok::<_, ModelError>(Linear { weight: get(&format!("{prefix}{name}.weight"))?, bias })
+                    let weight = format!("{prefix}{name}.weight");
+                    let adapter = Adapter::find(&named, &weight, adapted);
+                    Ok::<_, ModelError>(Linear { weight: get(&weight)?, bias, adapter })
                 };
                 Ok(Layer {
                     input_norm: norm("input_layernorm")?,
@@ -93,15 +99,26 @@ impl Parts {
 impl Llama {
     /// A model with fresh weights.
     pub fn new(config: LlamaConfig, settings: &BuildSettings) -> Result<Self, ModelError> {
+        let shapes = config.clone();
+        Self::with(config, settings, |name, shape| init::fresh(&shapes, name, shape, settings).map(Weight::Leaf))
+    }
+
+    /// A model with the weights that `make` gives for a name and extents.
+    pub(super) fn with(
+        config: LlamaConfig,
+        settings: &BuildSettings,
+        make: impl Fn(&str, &[u64]) -> Result<Weight, TchError>,
+    ) -> Result<Self, ModelError> {
         let mut parameters = Vec::new();
         for (name, shape) in config.parameter_shapes() {
-            let leaf = init::fresh(&config, &name, &shape, settings).doing("make parameters")?;
+            let weight = make(&name, &shape).doing("make parameters")?;
             let (stage, tied) = (stage(&name), name == EMBEDDING && config.tie_word_embeddings);
-            parameters.push(Parameter { name, weight: Weight::Leaf(leaf), stage, tied });
+            parameters.push(Parameter { name, weight, stage, tied });
         }
         Ok(Self {
-            parts: Parts::assemble(&config, &parameters)?,
+            parts: Parts::assemble(&config, &parameters, None)?,
             parameters,
+            adapted: None,
             rope: RopeTable::new(&config, settings.device),
             precision: settings.precision,
             device: settings.device,
@@ -151,7 +168,11 @@ impl Llama {
 
     fn linear(&self, x: &Tensor, linear: &Linear) -> Result<Tensor, TchError> {
         let bias = linear.bias.as_ref().map(|bias| bias.at_use(self.kind())).transpose()?;
-        x.f_linear(&linear.weight.at_use(self.kind())?, bias)
+        let y = x.f_linear(&linear.weight.at_use(self.kind())?, bias)?;
+        match &linear.adapter {
+            Some(adapter) => adapter.add(y, x, self.kind()),
+            None => Ok(y),
+        }
     }
 
     /// RMSNorm (Zhang and Sennrich, arXiv 1910.07467); LibTorch computes the mean square in fp32 for bf16 input too.
@@ -193,7 +214,14 @@ impl Model for Llama {
         for (own, weight) in self.parameters.iter_mut().zip(weights) {
             own.weight = weight;
         }
-        self.parts = Parts::assemble(&self.config, &self.parameters)?;
+        self.parts = Parts::assemble(&self.config, &self.parameters, self.adapted)?;
+        Ok(())
+    }
+
+    fn adapt(&mut self, adapters: Vec<Parameter>, scale: f64) -> Result<(), ModelError> {
+        self.parameters.extend(adapters);
+        self.adapted = Some(scale);
+        self.parts = Parts::assemble(&self.config, &self.parameters, self.adapted)?;
         Ok(())
     }
 

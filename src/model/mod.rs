@@ -11,7 +11,7 @@
 //! are kept elsewhere (ZeRO-1), a [`Weight`] has bf16 values of its own beside a leaf that only receives the gradient;
 //! the arithmetic is the same to the last bit. A frozen parameter has values and nothing else. A fresh model has the
 //! same bits on every machine and device, and all of it is trained: see [`random`]. [`parameter_shapes`] and [`build`]
-//! agree by construction.
+//! agree by construction. Adapters ([`lora`]) come after a model's own parameters.
 //!
 //! A model keeps no state between calls beyond its parameters (and a table of constants that grows on demand): a call
 //! that failed or was cancelled leaves nothing behind.
@@ -23,6 +23,7 @@ pub mod generate;
 mod init;
 pub mod llama;
 mod llama_config;
+pub mod lora;
 mod loss;
 pub mod random;
 mod rope;
@@ -146,6 +147,9 @@ pub trait Model: Send {
     /// from here on, and say what is trained.
     fn set_parameters(&mut self, weights: Vec<Weight>) -> Result<(), ModelError>;
 
+    /// Adds adapters ([`lora`]) to linear layers; `scale` is the factor of what they add.
+    fn adapt(&mut self, adapters: Vec<Parameter>, scale: f64) -> Result<(), ModelError>;
+
     /// The first stage: vectors `[batch, T, width]` for i64 `tokens` `[batch, T]`.
     fn embed(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
 
@@ -224,6 +228,20 @@ pub fn build(
 ) -> Result<Box<dyn Model>, ModelError> {
     match kind {
         ModelKind::Llama => Ok(Box::new(llama::Llama::new(LlamaConfig::from_json(config)?, settings)?)),
+    }
+}
+
+/// The same with all parameters frozen and to be loaded: the base of [`lora`]'s adapters.
+fn build_base(
+    kind: ModelKind,
+    config: &serde_json::Value,
+    settings: &BuildSettings,
+) -> Result<Box<dyn Model>, ModelError> {
+    match kind {
+        ModelKind::Llama => {
+            let config = LlamaConfig::from_json(config)?;
+            Ok(Box::new(llama::Llama::with(config, settings, |_, shape| lora::base(shape, settings))?))
+        }
     }
 }
 

@@ -14,6 +14,8 @@ use crate::{
 
 /// The descriptors of the node's two slots in a worker; its standard input is the control socket.
 pub const SLOT_FDS: [i32; 2] = [3, 4];
+/// The descriptor of the weights that adapters are trained beside, if there are any.
+pub const BASE_FD: i32 = 5;
 /// The hidden subcommand that makes this binary a worker.
 pub const WORKER_SUBCOMMAND: &str = "worker";
 

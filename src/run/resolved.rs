@@ -28,7 +28,10 @@ impl Resolved {
             let message = format!("this process may have {limit} open files, and its saves need {needed}");
             return Err(Error::new(Kind::Unavailable, message).with_hint(Shortage::Files.hint()));
         }
-        Ok(Self { config: config.clone(), workload: Arc::new(workload) })
+        let mut config = config.clone();
+        // A new run names the files of its adapters' base.
+        config.workload.model.lora = workload.lora().cloned();
+        Ok(Self { config, workload: Arc::new(workload) })
     }
 
     /// Of a run that is about to be created.

@@ -34,6 +34,8 @@ pub struct Place {
 pub struct Built {
     /// To be listed, loaded and captured.
     pub state: State,
+    /// The weights that adapters are trained beside; empty if there are no adapters.
+    pub base: State,
     model: Box<dyn Model>,
     layout: Box<dyn Layout>,
     train: TrainConfig,
@@ -42,7 +44,7 @@ pub struct Built {
 
 impl Built {
     /// The model of `model`, with fresh weights if they are to be drawn (`draw`); otherwise with arbitrary ones, which
-    /// are loaded afterwards.
+    /// are loaded afterwards. If there are adapters, they are what is drawn; their base is loaded in any case.
     pub fn new(
         model: &ModelConfig,
         train: TrainConfig,
@@ -52,9 +54,14 @@ impl Built {
     ) -> Result<Self> {
         let Place { rank, world, device } = place;
         let settings = BuildSettings { device, precision: train.precision, seed: draw.then_some(train.seed) };
-        let mut model = model::build(model.kind, &model.config, &settings).context("build model")?;
+        let built = match &model.lora {
+            None => model::build(model.kind, &model.config, &settings),
+            Some(lora) => model::lora::build(model.kind, &model.config, &settings, lora),
+        };
+        let mut model = built.context("build model")?;
+        let base = State::of_base(model.as_ref())?;
         let (state, layout) = strategy::lay_out(parallel, train.precision, model.as_mut(), rank, world)?;
-        Ok(Self { state, model, layout, train, place })
+        Ok(Self { state, base, model, layout, train, place })
     }
 
     /// Ready for the first step. The state must be loaded by then.
@@ -253,6 +260,7 @@ mod tests {
                     "max_position_embeddings": 64,
                 }),
                 init_from: None,
+                lora: None,
             },
             data: DataConfig {
                 train: String::new(),
@@ -304,8 +312,8 @@ mod tests {
         built.train.seed = run.train.seed;
         let dataset = Dataset::open(run.folder.path()).unwrap();
         let batches = Batches::new(dataset, run.data.sequence_length, &run.train, place).unwrap();
-        let Built { state, model, layout, train, place } = built;
-        let built = Built { state: State::new(model.as_ref(), &[]).unwrap(), model, layout, train, place };
+        let Built { state, base, model, layout, train, place } = built;
+        let built = Built { state: State::new(model.as_ref(), &[]).unwrap(), base, model, layout, train, place };
         (built.start(&run.data, batches, Peers::new(group)).unwrap(), state)
     }
 

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::initial;
 use crate::{
     checkpoint::{CheckpointError, catalog, restore},
-    config::{RunConfig, TokenizerRule, TrainTask},
+    config::{self, LoraConfig, ModelConfig, RunConfig, TokenizerRule, TrainTask},
     data::{Dataset, meaning::Meaning, shards::Index},
     error::{Error, Kind, Result},
     journal::{Committed, RunState},
@@ -206,7 +206,41 @@ fn files(task: &TrainTask, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -> 
     {
         files.insert(layout::SPECIAL_TOKENS.into(), pretty(&Value::Object(special))?);
     }
+    if let Some(adapters) = adapter_config(task)? {
+        files.insert(layout::ADAPTER_CONFIG.into(), pretty(&adapters)?);
+    }
     Ok((files.into_iter().collect(), said))
+}
+
+/// The description of the adapters as PEFT writes it (version 0.10 and later read it); `None`: there are none.
+fn adapter_config(task: &TrainTask) -> Result<Option<Value>> {
+    let ModelConfig { kind, config, init_from: Some(uri), lora: Some(lora) } = &task.model else { return Ok(None) };
+    let LoraConfig { rank, alpha, .. } = lora;
+    // Readers know a folder of this machine by its path.
+    let base = config::local_path(uri).map_or_else(|| uri.clone(), |path| path.display().to_string());
+    #[expect(clippy::cast_possible_truncation, reason = "a whole number below 2^53")]
+    let alpha = if alpha.fract() == 0.0 && *alpha < 9e15 { json!(*alpha as i64) } else { json!(alpha) };
+    Ok(Some(json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": model::lora::target_modules(*kind, config, lora)?,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "use_rslora": false,
+        "use_dora": false,
+        "modules_to_save": null,
+        "layers_to_transform": null,
+        "layers_pattern": null,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "revision": null,
+    })))
 }
 
 fn pretty(value: &Value) -> Result<Bytes> {

@@ -40,6 +40,7 @@ pub fn config() -> RunConfig {
                 kind: ModelKind::Llama,
                 config: serde_json::json!({"hidden_size": 64, "rope_theta": 10000.0, "tie_word_embeddings": true}),
                 init_from: Some("s3://bucket/models/base".into()),
+                lora: None,
             },
             data: DataConfig {
                 train: "s3://bucket/data".into(),
@@ -89,7 +90,7 @@ pub fn config() -> RunConfig {
 /// What the worker of such a run is told to do.
 pub fn task() -> serde_json::Value {
     let data = DatasetId { index: "00000000deadbeef".into(), vocabulary: "0123456789abcdef".into() };
-    Task { config: config().workload, data_dir: "/data".into(), data }.write().expect("plain")
+    Task { config: config().workload, data_dir: "/data".into(), data, base: Vec::new() }.write().expect("plain")
 }
 
 pub fn storage() -> StorageConfig {

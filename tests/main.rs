@@ -22,6 +22,7 @@ mod integrity;
 mod interop;
 mod interruption;
 mod journal;
+mod lora;
 mod members_model;
 mod metadata;
 mod model_folder;

@@ -98,8 +98,8 @@ impl Adapted {
 
 /// A model's description with the element type of its files, in the spellings of all versions of transformers.
 pub(super) fn described(config: &[u8], dtype: Dtype) -> Result<Bytes> {
-    let mut config: serde_json::Value =
-        serde_json::from_slice(config).map_err(|error| Error::from_source(Kind::Data, error).context("read config.json"))?;
+    let mut config: serde_json::Value = serde_json::from_slice(config)
+        .map_err(|error| Error::from_source(Kind::Data, error).context("read config.json"))?;
     let name = if dtype == Dtype::BF16 { "bfloat16" } else { "float32" };
     if let Some(map) = config.as_object_mut() {
         if map.contains_key("dtype") {

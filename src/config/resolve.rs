@@ -10,10 +10,10 @@ use serde_json::Value as Json;
 use toml::Value;
 
 use super::{
-    ALL_LINEAR, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, LoraConfig, Machine,
-    ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig,
-    RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig, TrainTask,
-    error::Origin, raw::Raw, text, workers_per_node,
+    ALL_LINEAR, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, LoraConfig,
+    Machine, ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig,
+    Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule,
+    TrainConfig, TrainTask, error::Origin, raw::Raw, text, workers_per_node,
 };
 use crate::error::{Error, Kind};
 

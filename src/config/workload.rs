@@ -56,6 +56,13 @@ pub struct LoraConfig {
     pub base: Vec<BaseFile>,
 }
 
+impl LoraConfig {
+    /// The factor of what the adapters add.
+    pub fn scale(&self) -> f64 {
+        self.alpha / f64::from(self.rank)
+    }
+}
+
 /// The word of `model.lora.targets` for every linear layer of each block.
 pub const ALL_LINEAR: &str = "all-linear";
 

@@ -11,8 +11,8 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::{
     BuildSettings, Doing, Model, ModelError, Parameter, Positions, Stage, Weight, init,
     llama_config::{EMBEDDING, FINAL_NORM, LlamaConfig, OUTPUT, layer_of, layer_prefix},
-    loss::linear_cross_entropy,
     lora::Adapter,
+    loss::linear_cross_entropy,
     rope::{RopeTable, Turns},
 };
 use crate::config::Precision;

@@ -31,13 +31,6 @@ fn names(weight: &str) -> [String; 2] {
     ENDINGS.map(|ending| format!("{PREFIX}{layer}{ending}"))
 }
 
-impl LoraConfig {
-    /// The factor of what the adapters add.
-    pub fn scale(&self) -> f64 {
-        self.alpha / f64::from(self.rank)
-    }
-}
-
 /// The adapter of one linear layer.
 pub(super) struct Adapter {
     a: Weight,

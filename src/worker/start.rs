@@ -28,11 +28,7 @@ use crate::{
     random::mix,
     snapshot::{capture::Capture, image::SharedImage, plan::ImagePlan},
     torch::{self, Backend, HostCopier, ProcessGroup},
-    train::{
-        Batches, Built, Place,
-        state::State,
-        strategy::Peers,
-    },
+    train::{Batches, Built, Place, state::State, strategy::Peers},
 };
 
 const COPY_THREADS: usize = 2;

@@ -40,11 +40,8 @@ impl Base {
         let contents = base.files()?;
         let sums = tokio::task::spawn_blocking(move || contents.iter().map(|bytes| Crc64::of(bytes)).collect());
         let sums: Vec<Crc64> = sums.await.map_err(|error| Error::from_source(Kind::Bug, error))?;
-        let file = |(file, sum): (RemoteFile, Crc64)| BaseFile {
-            name: file.name,
-            bytes: file.bytes,
-            crc64: sum.to_string(),
-        };
+        let file =
+            |(file, sum): (RemoteFile, Crc64)| BaseFile { name: file.name, bytes: file.bytes, crc64: sum.to_string() };
         Ok((base, files.into_iter().zip(sums).map(file).collect()))
     }
 
@@ -57,7 +54,8 @@ impl Base {
         let mut files = Vec::with_capacity(lora.base.len());
         for BaseFile { name, bytes, crc64 } in &lora.base {
             let sum = crc64.parse::<Crc64>();
-            let sum = sum.map_err(|_| Error::new(Kind::Data, format!("the run's journal has no checksum of {name}")))?;
+            let sum =
+                sum.map_err(|_| Error::new(Kind::Data, format!("the run's journal has no checksum of {name}")))?;
             match folder.head(name).await {
                 Ok(info) if info.size == *bytes => {}
                 Ok(info) => return Err(changed(uri, name, format!("it has {} bytes, not {bytes}", info.size))),

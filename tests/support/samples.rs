@@ -147,6 +147,23 @@ pub fn records_of_version_4() -> Vec<Record> {
     }]
 }
 
+/// What version 5 of the journal has added: a run that trains adapters, with the files of their base.
+pub fn records_of_version_5() -> Vec<Record> {
+    let mut config = config();
+    let file = |number: u64| BaseFile {
+        name: format!("model-0000{number}-of-00002.safetensors"),
+        bytes: number * 1_000_000_000,
+        crc64: format!("{number}123456789abcdef"),
+    };
+    config.workload.model.lora = Some(LoraConfig {
+        rank: 16,
+        alpha: 32.0,
+        targets: vec!["q_proj".into(), "v_proj".into()],
+        base: [1, 2].map(file).into(),
+    });
+    vec![Record::Created { run_id: run_id(), config: Box::new(config) }]
+}
+
 /// One record of each kind of version 1 of the journal.
 pub fn records() -> Vec<Record> {
     let (step, generation) = (Step(1200), Generation(3));

@@ -121,7 +121,8 @@ mod tests {
 
     fn replicated(tensors: &[Tensor]) -> Replicated {
         let words = tensors.iter().map(|tensor| words(tensor).unwrap()).collect();
-        let state = State { params: Vec::new(), specs: Vec::new(), tensors: Vec::new(), targets: Vec::new(), adapters: false };
+        let state =
+            State { params: Vec::new(), specs: Vec::new(), tensors: Vec::new(), targets: Vec::new(), adapters: false };
         Replicated { words, ..state.replicated().unwrap() }
     }
 

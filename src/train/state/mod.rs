@@ -229,3 +229,6 @@ pub(super) fn part(tensor: &Tensor, begin: u64, len: u64) -> Result<Tensor, TchE
 pub(super) fn signed(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod lora_tests;

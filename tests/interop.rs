@@ -14,15 +14,15 @@ use trainer::data::tokenizer::TextTokenizer;
 use crate::support::lab::{Lab, ORIGIN, data_set};
 
 const VERSION_4: (&str, &str) = ("transformers-4", include_str!("interop/transformers-4.txt"));
-const VERSION_5: (&str, &str) = ("transformers-5", include_str!("interop/transformers-5.txt"));
-const TORCH: (&str, &str) = ("torch", include_str!("interop/torch.txt"));
+pub const VERSION_5: (&str, &str) = ("transformers-5", include_str!("interop/transformers-5.txt"));
+pub const TORCH: (&str, &str) = ("torch", include_str!("interop/torch.txt"));
 
 /// Text that a tokenizer may get wrong: spaces in a row and before a mark, other alphabets, an end token that is spelt
 /// out.
 const TEXT: &str = "the machine counted  every step , again\n\tgr\u{fc}n \u{1f980}";
 
 /// An environment that `tests/interop/setup` has created; `None`, with a line on standard output, if it is missing.
-fn environment((name, list): (&str, &str)) -> Option<PathBuf> {
+pub fn environment((name, list): (&str, &str)) -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
     // The script asks the same program.

@@ -10,6 +10,7 @@ use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::{
+    interop,
     support::{
         lab::{EVERY, Lab, ORIGIN, STEPS},
         trainer::{Finished, Losses, Trainer, losses, read},
@@ -290,6 +291,34 @@ fn merged_weights_are_w_plus_scaled_b_a_and_begin_a_new_run() {
     assert!(text.stdout.contains("the machine"), "{}", text.story());
     let no_adapters = tuning.lab.about("export", ORIGIN).args(&["--merge", "--out", "y"]).finish();
     no_adapters.expect_code(64).expect_said(&["has no adapters to merge", "without --merge"]);
+}
+
+/// PEFT loads the adapter folder, and its own merge computes what ours does.
+#[test]
+fn peft_opens_a_checkpoint_and_merges_it_to_the_same_scores() {
+    const REAL: (&str, &str) = ("real", include_str!("interop/real.txt"));
+    if std::env::var_os("TRAINER_TESTS_ALL").is_none() {
+        return;
+    }
+    let environments = [interop::VERSION_5, interop::TORCH, REAL].map(interop::environment);
+    let [Some(transformers), Some(torch), Some(peft)] = environments else { return };
+    let tuning = Tuning::new(&[r#"model.lora.targets="all-linear""#, "train.precision=bf16"]);
+    tuning.run("run").finish().expect_code(0);
+    let (merged, done) = export(&tuning, "run", "merged", &["--merge"]);
+    let folder = tuning.lab.path("store").join("run").join(tuning.lab.newest_checkpoint("run"));
+    let mut command = std::process::Command::new("python3");
+    command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/real.py"));
+    command.arg("adapter").args([&folder, &tuning.base, &merged]).arg("the machine counted every step");
+    let modules = std::env::join_paths([&peft, &transformers, &torch]).expect("paths without colons");
+    let libraries = format!("{0}/stubs:{0}/nvidia/cu13/lib", torch.display());
+    command.env("PYTHONPATH", modules).env("LD_LIBRARY_PATH", libraries).env("CUDA_VISIBLE_DEVICES", "");
+    let output = command.output().expect("start python3");
+    let said = String::from_utf8_lossy(&output.stderr);
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}"));
+    let number = |key: &str| found[key].as_f64().expect("a number");
+    assert!(number("learnt") > 0.01, "the adapters change something: {found}");
+    assert!(number("peft") < 1e-4 && number("merged") < 1e-5, "{found}, {done}");
+    assert_eq!(found["best"], true, "{found}");
 }
 
 fn of(folder: &Path) -> Tensors {

@@ -243,6 +243,10 @@ fn merged_weights_are_w_plus_scaled_b_a_and_begin_a_new_run() {
     assert!(folder.join("adapter_config.json").is_file() && !folder.join("model.safetensors").exists());
     assert_eq!(plain.get("max_logit_difference"), None);
 
+    let init = format!("model.init_from=file://{}", folder.display());
+    let set = ["--set", &init];
+    let from_adapters = tuning.lab.run("adapters").args(&set).finish();
+    from_adapters.expect_code(78).expect_said(&["holds adapters, and not a whole model", "--merge"]);
     let (merged, done) = export(&tuning, "run", "merged", &["--merge"]);
     let apart = done["max_logit_difference"].as_f64().expect("a number");
     assert!(apart < 1e-4, "{apart}");

@@ -116,6 +116,15 @@ pub fn target_modules(
     Ok(of_each_block(&targets).into_iter().map(str::to_owned).collect())
 }
 
+/// Elements of all adapters of a model.
+///
+/// # Errors
+/// On a name that no linear layer of the model's blocks has.
+pub fn parameters(kind: ModelKind, config: &serde_json::Value, lora: &LoraConfig) -> Result<u64, ModelError> {
+    let targets = targets(&super::parameter_shapes(kind, config)?, lora)?;
+    Ok(targets.iter().map(|it| u64::from(lora.rank) * (it.rows + it.columns)).sum())
+}
+
 /// A model with adapters. The base's values are arbitrary and to be loaded, in the type used for computing. The
 /// adapters are fresh if there is a seed; otherwise their values are arbitrary, too.
 ///

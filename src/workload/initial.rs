@@ -3,6 +3,7 @@
 
 use crate::{
     checkpoint::{
+        CheckpointError,
         foreign::{self, Expected},
         restore::RemoteFile,
     },
@@ -42,7 +43,14 @@ pub async fn weights(model: &ModelConfig, uri: &str, folder: &Store) -> Result<V
     let shapes = model::parameter_shapes(model.kind, &model.config)?;
     let (head, embedding, tied) = model::head(model.kind, &model.config)?;
     let expected = Expected { shapes: &shapes, head, embedding, tied };
-    foreign::weights_for(folder, expected).await.context(format!("read weights of {uri}"))
+    let found = foreign::weights_for(folder, expected).await;
+    if matches!(found, Err(CheckpointError::NotAModel { .. })) && folder.head(layout::ADAPTER_CONFIG).await.is_ok() {
+        let what = format!("model.init_from: {uri} holds adapters, and not a whole model");
+        return Err(Error::new(Kind::Config, what).with_hint(
+            "merge them into their model: trainer export --run-id ID --merge --out DIR, or merge_and_unload in PEFT",
+        ));
+    }
+    found.context(format!("read weights of {uri}"))
 }
 
 /// Checks the folder's tokenizer against the data's, unless the configuration says that they differ.

@@ -170,6 +170,8 @@ fn names_are_those_of_peft() {
     let all = target_modules(ModelKind::Llama, &config, &lora(&[ALL_LINEAR])).unwrap();
     assert_eq!(all, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]);
     assert_eq!(target_modules(ModelKind::Llama, &config, &lora(&["v_proj", "q_proj"])).unwrap(), ["q_proj", "v_proj"]);
+    let elements = parameters(ModelKind::Llama, &config, &lora(&["v_proj", "q_proj"])).unwrap();
+    assert_eq!(elements, 2 * 4 * ((16 + 32) + (32 + 32)));
     for wrong in ["lm_head", "embed_tokens", "proj", "q_projs", "input_layernorm"] {
         let error = target_modules(ModelKind::Llama, &config, &lora(&["q_proj", wrong])).unwrap_err().to_string();
         assert!(error.contains(wrong) && error.contains("q_proj, k_proj"), "{error}");

@@ -69,7 +69,7 @@ impl Generate {
         let (step, _) = store::block_on(export::export(&self.run, self.step, &target))?;
         let ends = end_ids(&exported.join(layout::GENERATION_CONFIG))?;
         let tokenizer = tokenizer(&exported, self.eos_token.as_deref(), &ends)?;
-        let model = model::from_folder(ModelKind::Llama, &exported)?;
+        let model = model::from_folder(ModelKind::Decoder, &exported)?;
         // The files are no longer needed, and a long text may be interrupted.
         drop(folder);
 

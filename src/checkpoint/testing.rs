@@ -86,7 +86,7 @@ pub fn config() -> RunConfig {
     RunConfig {
         store: "memory://".into(),
         workload: TrainTask {
-            model: ModelConfig { kind: ModelKind::Llama, config: serde_json::json!({}), init_from: None, lora: None },
+            model: ModelConfig { kind: ModelKind::Decoder, config: serde_json::json!({}), init_from: None, lora: None },
             data: DataConfig {
                 train: "x".into(),
                 tokenizer: Default::default(),

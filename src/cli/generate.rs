@@ -77,7 +77,7 @@ impl Generate {
         let tokenizer = tokenizer(&exported, self.eos_token.as_deref(), &ends)?;
         let model = match adapted {
             Some(adapted) => adapted.model,
-            None => model::from_folder(ModelKind::Llama, &exported)?,
+            None => model::from_folder(ModelKind::Decoder, &exported)?,
         };
         // The files are no longer needed, and a long text may be interrupted.
         drop(folder);

@@ -27,7 +27,8 @@ const MAX_RANK: u32 = 4096;
 /// `model.lora.alpha` unless given.
 pub(super) const DEFAULT_ALPHA: f64 = 16.0;
 
-pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("llama", ModelKind::Llama)];
+/// The second is the first one's older name.
+pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("decoder", ModelKind::Decoder), ("llama", ModelKind::Decoder)];
 pub(super) const TOKENIZER_RULES: &[(&str, TokenizerRule)] =
     &[("same", TokenizerRule::Same), ("differs", TokenizerRule::Differs)];
 pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];

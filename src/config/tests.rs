@@ -85,7 +85,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
             store: format!("{root}/runs"),
             workload: TrainTask {
                 model: ModelConfig {
-                    kind: ModelKind::Llama,
+                    kind: ModelKind::Decoder,
                     config: serde_json::json!({"hidden_size": 64}),
                     init_from: None,
                     lora: None,
@@ -362,7 +362,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
             "",
         ),
         ("a = = 1", "run.toml:3: not valid TOML: ", ""),
-        ("model.kind = 'gpt'", "run.toml:3: model.kind = \"gpt\": expected \"llama\"", ""),
+        ("model.kind = 'gpt'", "run.toml:3: model.kind = \"gpt\": expected \"decoder\" or \"llama\"", ""),
     ] {
         let error = load_least(lines).unwrap_err();
         let text = error.to_string();

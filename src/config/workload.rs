@@ -29,7 +29,7 @@ impl TrainTask {
 /// The model to train.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
-    /// The architecture.
+    /// The kind of model.
     pub kind: ModelKind,
     /// The Hugging Face `config.json`, whole.
     pub config: serde_json::Value,
@@ -77,12 +77,13 @@ pub struct BaseFile {
     pub crc64: String,
 }
 
-/// The architectures that can be trained.
+/// The kinds of models that can be trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
 pub enum ModelKind {
-    /// Llama: RMSNorm, RoPE, grouped-query attention, SwiGLU.
-    Llama,
+    /// A language model of one of the families in [`crate::model`]; its `config.json` says which. It is stored under
+    /// the name of the first family: earlier versions read that name, and refuse another family by its architecture.
+    #[serde(rename = "llama", alias = "decoder")]
+    Decoder,
 }
 
 /// The source of the tokens.

@@ -20,7 +20,7 @@ pub(super) fn config() -> RunConfig {
         store: "memory://".into(),
         workload: TrainTask {
             model: ModelConfig {
-                kind: ModelKind::Llama,
+                kind: ModelKind::Decoder,
                 config: serde_json::json!({"hidden_size": 8}),
                 init_from: None,
                 lora: None,

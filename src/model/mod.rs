@@ -1,6 +1,6 @@
 //! The models that can be trained.
 //!
-//! A model is described by a Hugging Face `config.json` and holds its parameters as an ordered list under their Hugging
+//! A model is described by a Hugging Face `config.json`, whose architecture is one of the [`families`], and holds its parameters as an ordered list under their Hugging
 //! Face names: the order is the order of registration with the gradient reducer, the names are those in checkpoints.
 //!
 //! A forward pass is embed → blocks → head. Each of these [`Stage`]s reads the parameters that are listed for it and
@@ -17,12 +17,12 @@
 //! that failed or was cancelled leaves nothing behind.
 #![doc = include_str!("README.md")]
 
-mod description;
+pub mod decoder;
+mod families;
 mod folder;
 pub mod generate;
 mod init;
-pub mod llama;
-mod llama_config;
+mod keys;
 pub mod lora;
 mod loss;
 pub mod random;
@@ -32,8 +32,8 @@ mod weight;
 use tch::{Device, TchError, Tensor};
 
 pub use self::{
+    decoder::config::{Context, DecoderConfig},
     folder::from_folder,
-    llama_config::LlamaConfig,
     weight::{Parameter, Stage, Weight},
 };
 use crate::{
@@ -46,10 +46,12 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// The description is of another architecture.
-    #[error("config.json describes {found}, which is not a Llama model")]
+    #[error("config.json describes {found}, which {reason}")]
     Architecture {
         /// Its own name.
         found: String,
+        /// Why it can't be trained.
+        reason: &'static str,
     },
     /// A value in the description can't be used.
     #[error("config.json: {key} {reason}")]
@@ -106,7 +108,7 @@ impl Explain for ModelError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Architecture { .. } => {
-                Some("use a config.json with \"architectures\": [\"LlamaForCausalLM\"]".into())
+                Some(format!("use a config.json whose \"architectures\" is one of {}", families::names()))
             }
             Self::Torch { .. } if self.out_of_memory() => {
                 Some("lower train.max_micro_batch: --set train.max_micro_batch=N".into())
@@ -226,8 +228,13 @@ pub fn build(
     config: &serde_json::Value,
     settings: &BuildSettings,
 ) -> Result<Box<dyn Model>, ModelError> {
+    Ok(Box::new(decoder::Decoder::new(describe(kind, config)?, settings)?))
+}
+
+/// Reads and checks a description.
+pub fn describe(kind: ModelKind, config: &serde_json::Value) -> Result<DecoderConfig, ModelError> {
     match kind {
-        ModelKind::Llama => Ok(Box::new(llama::Llama::new(LlamaConfig::from_json(config)?, settings)?)),
+        ModelKind::Decoder => families::read(config),
     }
 }
 
@@ -237,49 +244,35 @@ fn build_base(
     config: &serde_json::Value,
     settings: &BuildSettings,
 ) -> Result<Box<dyn Model>, ModelError> {
-    match kind {
-        ModelKind::Llama => {
-            let config = LlamaConfig::from_json(config)?;
-            Ok(Box::new(llama::Llama::with(config, settings, |_, shape| lora::base(shape, settings))?))
-        }
-    }
+    let make = |_: &str, shape: &[u64]| lora::base(shape, settings);
+    Ok(Box::new(decoder::Decoder::with(describe(kind, config)?, settings, make)?))
 }
 
 /// Names and shapes of the parameters that [`build`] would make, in the same order; makes no tensor.
 pub fn parameter_shapes(kind: ModelKind, config: &serde_json::Value) -> Result<Vec<(String, Vec<u64>)>, ModelError> {
-    match kind {
-        ModelKind::Llama => Ok(LlamaConfig::from_json(config)?.parameter_shapes()),
-    }
+    Ok(describe(kind, config)?.parameter_shapes())
 }
 
 /// Checks the description of a run that is about to be created: a key that is neither computed nor known to be harmless
 /// is refused by name.
 pub fn check_description(kind: ModelKind, config: &serde_json::Value) -> Result<(), ModelError> {
     match kind {
-        ModelKind::Llama => description::check(config),
+        ModelKind::Decoder => families::check::check(config),
     }
 }
 
 /// The output layer's and the token embedding's names, and whether they are one.
 pub fn head(kind: ModelKind, config: &serde_json::Value) -> Result<(&'static str, &'static str, bool), ModelError> {
-    match kind {
-        ModelKind::Llama => {
-            let config = LlamaConfig::from_json(config)?;
-            Ok((llama_config::OUTPUT, llama_config::EMBEDDING, config.tie_word_embeddings))
-        }
-    }
+    let tied = describe(kind, config)?.tie_word_embeddings;
+    Ok((decoder::config::OUTPUT, decoder::config::EMBEDDING, tied))
 }
 
-/// The most positions in one sequence, from the description alone.
-pub fn max_sequence_length(kind: ModelKind, config: &serde_json::Value) -> Result<u32, ModelError> {
-    match kind {
-        ModelKind::Llama => Ok(LlamaConfig::from_json(config)?.max_position_embeddings),
-    }
+/// The longest sequence, from the description alone.
+pub fn context(kind: ModelKind, config: &serde_json::Value) -> Result<Context, ModelError> {
+    Ok(describe(kind, config)?.context)
 }
 
 /// The number of tokens in the vocabulary, from the description alone.
 pub fn vocab_size(kind: ModelKind, config: &serde_json::Value) -> Result<u32, ModelError> {
-    match kind {
-        ModelKind::Llama => Ok(LlamaConfig::from_json(config)?.vocab_size),
-    }
+    Ok(describe(kind, config)?.vocab_size)
 }

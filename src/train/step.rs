@@ -253,7 +253,7 @@ mod tests {
         Run {
             folder,
             model: ModelConfig {
-                kind: ModelKind::Llama,
+                kind: ModelKind::Decoder,
                 config: json!({
                     "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32,
                     "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -196,7 +196,7 @@ fn files(task: &TrainTask, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -> 
             }
         }
         None => {
-            let longest = model::max_sequence_length(task.model.kind, &task.model.config)?;
+            let longest = model::context(task.model.kind, &task.model.config)?.positions;
             files.insert(layout::TOKENIZER_CONFIG.into(), pretty(&tokenizer_config(tokens, &description, longest))?);
         }
     }
@@ -509,7 +509,7 @@ mod tests {
         let (files, _) = made(json!({"rope_parameters": rope}), None);
         let description = &files[layout::MODEL_CONFIG];
         assert_eq!((&description["rope_theta"], &description["rope_scaling"]), (&json!(5e5), &rope));
-        model::check_description(crate::config::ModelKind::Llama, description).unwrap();
+        model::check_description(crate::config::ModelKind::Decoder, description).unwrap();
         let (files, _) = made(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}), None);
         let description = &files[layout::MODEL_CONFIG];
         assert_eq!((&description["rope_theta"], description.get("rope_scaling")), (&json!(2e4), None));

@@ -94,15 +94,12 @@ impl Workload {
         let identity = identity::identify(data.dir())?;
         let vocabulary = model::vocab_size(model.kind, &model.config)?;
         data::check_vocabulary(dataset.index(), &wanted.train, vocabulary.into(), "model.config")?;
-        let longest = model::max_sequence_length(model.kind, &model.config)?;
+        let longest = model::context(model.kind, &model.config)?;
         let length = wanted.sequence_length;
-        if length > longest {
-            return Err(Error::new(
-                Kind::Config,
-                format!(
-                    "data.sequence_length is {length}, but the model takes at most {longest} (max_position_embeddings)"
-                ),
-            ));
+        if length > longest.positions {
+            let model::Context { positions, key } = longest;
+            let message = format!("data.sequence_length is {length}, but the model takes at most {positions} ({key})");
+            return Err(Error::new(Kind::Config, message));
         }
         dataset.check_length(length)?;
         let samples = dataset.samples(Split::Train, length);

@@ -37,7 +37,7 @@ pub fn config() -> RunConfig {
         store: "s3://bucket/runs".into(),
         workload: TrainTask {
             model: ModelConfig {
-                kind: ModelKind::Llama,
+                kind: ModelKind::Decoder,
                 config: serde_json::json!({"hidden_size": 64, "rope_theta": 10000.0, "tie_word_embeddings": true}),
                 init_from: Some("s3://bucket/models/base".into()),
                 lora: None,

@@ -36,8 +36,8 @@ fn copy(from: &Tensor, to: &Tensor) {
 /// A whole model, and one of the same weights with adapters.
 fn pair(changes: Value, precision: Precision, targets: &[&str]) -> [Box<dyn Model>; 2] {
     let config = description(changes);
-    let whole = build_whole(ModelKind::Llama, &config, &settings(precision, Some(1))).unwrap();
-    let adapted = build(ModelKind::Llama, &config, &settings(precision, Some(7)), &lora(targets)).unwrap();
+    let whole = build_whole(ModelKind::Decoder, &config, &settings(precision, Some(1))).unwrap();
+    let adapted = build(ModelKind::Decoder, &config, &settings(precision, Some(7)), &lora(targets)).unwrap();
     for parameter in whole.parameters() {
         copy(parameter.values(), of(adapted.as_ref(), &parameter.name).values());
     }
@@ -135,7 +135,7 @@ fn a_model_with_adapters_computes_what_the_merged_weights_compute() {
 fn adapters_begin_as_peft_begins_them_and_with_the_same_bits_everywhere() {
     let make = |seed| {
         let config = description(json!({}));
-        let adapted = build(ModelKind::Llama, &config, &settings(Precision::Fp32, Some(seed)), &lora(&[ALL_LINEAR]));
+        let adapted = build(ModelKind::Decoder, &config, &settings(Precision::Fp32, Some(seed)), &lora(&[ALL_LINEAR]));
         let model = adapted.unwrap();
         let of_a = |parameter: &&Parameter| parameter.name.ends_with(ENDINGS[0]);
         let a: Vec<Vec<f32>> = model.parameters().iter().filter(of_a).map(|it| values(it.values())).collect();
@@ -167,13 +167,16 @@ fn names_are_those_of_peft() {
     let expected = ["A", "B"].map(|it| format!("base_model.model.model.layers.0.self_attn.q_proj.lora_{it}.weight"));
     assert_eq!(names("model.layers.0.self_attn.q_proj.weight"), expected);
     let config = description(json!({}));
-    let all = target_modules(ModelKind::Llama, &config, &lora(&[ALL_LINEAR])).unwrap();
+    let all = target_modules(ModelKind::Decoder, &config, &lora(&[ALL_LINEAR])).unwrap();
     assert_eq!(all, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]);
-    assert_eq!(target_modules(ModelKind::Llama, &config, &lora(&["v_proj", "q_proj"])).unwrap(), ["q_proj", "v_proj"]);
-    let elements = parameters(ModelKind::Llama, &config, &lora(&["v_proj", "q_proj"])).unwrap();
+    assert_eq!(
+        target_modules(ModelKind::Decoder, &config, &lora(&["v_proj", "q_proj"])).unwrap(),
+        ["q_proj", "v_proj"]
+    );
+    let elements = parameters(ModelKind::Decoder, &config, &lora(&["v_proj", "q_proj"])).unwrap();
     assert_eq!(elements, 2 * 4 * ((16 + 32) + (32 + 32)));
     for wrong in ["lm_head", "embed_tokens", "proj", "q_projs", "input_layernorm"] {
-        let error = target_modules(ModelKind::Llama, &config, &lora(&["q_proj", wrong])).unwrap_err().to_string();
+        let error = target_modules(ModelKind::Decoder, &config, &lora(&["q_proj", wrong])).unwrap_err().to_string();
         assert!(error.contains(wrong) && error.contains("q_proj, k_proj"), "{error}");
     }
 }

@@ -193,7 +193,7 @@ mod tests {
             "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
         });
         let settings = BuildSettings { device: Device::Cpu, precision, seed: Some(7) };
-        model::build(ModelKind::Llama, &config, &settings).unwrap()
+        model::build(ModelKind::Decoder, &config, &settings).unwrap()
     }
 
     #[test]

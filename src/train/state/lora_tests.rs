@@ -28,7 +28,7 @@ fn build(precision: Precision, seed: u64) -> Box<dyn Model> {
     let targets = ["q_proj", "down_proj"].map(str::to_owned).into();
     let lora = LoraConfig { rank: 3, alpha: 6.0, targets, base: Vec::new() };
     let settings = BuildSettings { device: Device::Cpu, precision, seed: Some(seed) };
-    model::lora::build(ModelKind::Llama, &description(), &settings, &lora).unwrap()
+    model::lora::build(ModelKind::Decoder, &description(), &settings, &lora).unwrap()
 }
 
 fn world(strategy: Strategy, precision: Precision, world: u32, seed: u64) -> Vec<State> {
@@ -127,7 +127,7 @@ fn a_state_is_the_adapters_in_one_file_and_their_moments_and_survives_every_chan
 #[test]
 fn a_base_is_loaded_from_a_folder_of_any_type_and_compared() {
     let source = model::build(
-        ModelKind::Llama,
+        ModelKind::Decoder,
         &description(),
         &BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: Some(3) },
     );

@@ -46,7 +46,7 @@ fn build(case: &Case) -> Box<dyn Model> {
         "attention_bias": true, "tie_word_embeddings": case.tied,
     });
     let settings = BuildSettings { device: Device::Cpu, precision: case.precision, seed: Some(7) };
-    model::build(ModelKind::Llama, &config, &settings).unwrap()
+    model::build(ModelKind::Decoder, &config, &settings).unwrap()
 }
 
 /// The same in every step, so that something is learnt.

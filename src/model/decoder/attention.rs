@@ -1,0 +1,117 @@
+//! Causal attention, over everything before a position or over a window that ends with it.
+//!
+//! A window is computed in pieces: a piece of queries sees only the keys that its windows reach, so that time and
+//! memory grow with length × window. The first window of positions sees all of the positions before it, as without a
+//! window; every later piece has the same mask, because a window moves along with its query.
+//!
+//! The masks are constants of the description, made when they are first needed.
+
+use std::sync::{Mutex, PoisonError};
+
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::{config::DecoderConfig, kind};
+use crate::{config::Precision, model::BuildSettings};
+
+/// Queries of a windowed layer that are computed at once, at most.
+const PIECE: i64 = 1024;
+
+/// Attention of one model.
+pub(super) struct Attention {
+    heads: i64,
+    shared: i64,
+    scale: Option<f64>,
+    device: Device,
+    precision: Precision,
+    /// By window.
+    masks: Mutex<Vec<(i64, Tensor)>>,
+}
+
+impl Attention {
+    pub fn new(config: &DecoderConfig, settings: &BuildSettings) -> Self {
+        Self {
+            heads: config.num_attention_heads.into(),
+            shared: config.num_key_value_heads.into(),
+            scale: config.attention_scale,
+            device: settings.device,
+            precision: settings.precision,
+            masks: Mutex::default(),
+        }
+    }
+
+    /// Attention of `query` `[batch, T, heads, width]` to `key` and `value` `[batch, T, shared heads, width]`:
+    /// `[batch, heads, T, width]`. `window`: the number of positions that one attends to, itself among them.
+    pub fn mix(
+        &self,
+        query: Tensor,
+        mut key: Tensor,
+        mut value: Tensor,
+        window: Option<u32>,
+    ) -> Result<Tensor, TchError> {
+        let (_, len, ..) = query.size4()?;
+        let window = window.map(i64::from).filter(|&window| window < len);
+        let shared = self.shared != self.heads;
+        // On a GPU the fused kernels for fp32, and those that take a mask, don't share heads, and the fallback would
+        // keep all T x T scores.
+        let repeat = shared && self.device.is_cuda() && (self.precision == Precision::Fp32 || window.is_some());
+        if repeat {
+            key = repeat_heads(&key, self.heads / self.shared)?;
+            value = repeat_heads(&value, self.heads / self.shared)?;
+        }
+        let (query, key, value) = (query.f_transpose(1, 2)?, key.f_transpose(1, 2)?, value.f_transpose(1, 2)?);
+        let mix = |query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>| {
+            let shares = shared && !repeat;
+            Tensor::f_scaled_dot_product_attention(query, key, value, mask, 0.0, mask.is_none(), self.scale, shares)
+        };
+        let Some(window) = window else { return mix(&query, &key, &value, None) };
+
+        let mask = self.mask(window)?;
+        let part = |x: &Tensor, begin: i64, end: i64| x.f_narrow(2, begin, end - begin);
+        let start = [&query, &key, &value].map(|x| part(x, 0, window));
+        let [q, k, v] = start;
+        let mut pieces = vec![mix(&q?, &k?, &v?, None)?];
+        let mut begin = window;
+        while begin < len {
+            let end = len.min(begin + piece(window));
+            let first = begin - window + 1;
+            let mask = mask.f_narrow(0, 0, end - begin)?.f_narrow(1, 0, end - first)?;
+            let (key, value) = (part(&key, first, end)?, part(&value, first, end)?);
+            pieces.push(mix(&part(&query, begin, end)?, &key, &value, Some(&mask))?);
+            begin = end;
+        }
+        Tensor::f_cat(&pieces, 2)
+    }
+
+    /// Zero where a query of a piece attends to a key, and minus infinity elsewhere. Query `i` attends to the `window`
+    /// keys from `i` on: the first key is the one that the first query's window begins with.
+    fn mask(&self, window: i64) -> Result<Tensor, TchError> {
+        // A panic in another thread can't leave half a mask.
+        let mut masks = self.masks.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, mask)) = masks.iter().find(|(known, _)| *known == window) {
+            return Ok(mask.shallow_clone());
+        }
+        let _no_grad = tch::no_grad_guard();
+        let extents = [piece(window), piece(window) + window - 1];
+        let inside = Tensor::f_ones(extents, (Kind::Bool, Device::Cpu))?.f_triu(0)?.f_tril(window - 1)?;
+        let outside = Tensor::f_full(extents, f64::NEG_INFINITY, (kind(self.precision), Device::Cpu))?;
+        let mask = outside.f_masked_fill(&inside, 0.0)?.f_to_device(self.device)?;
+        masks.push((window, mask.shallow_clone()));
+        Ok(mask)
+    }
+}
+
+/// Queries of a piece.
+const fn piece(window: i64) -> i64 {
+    if window < PIECE { window } else { PIECE }
+}
+
+/// `[batch, T, shared, width]` to `[batch, T, shared * times, width]`, each head `times` times in a row.
+pub(super) fn repeat_heads(x: &Tensor, times: i64) -> Result<Tensor, TchError> {
+    let (batch, len, shared, width) = x.size4()?;
+    x.f_unsqueeze(3)?.f_expand([batch, len, shared, times, width], false)?.f_reshape([
+        batch,
+        len,
+        shared * times,
+        width,
+    ])
+}

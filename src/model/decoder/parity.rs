@@ -1,0 +1,134 @@
+//! Every family against what Hugging Face transformers computes: its fixture is `tests/fixtures/family-parity.json`, and
+//! the script that made it lies beside it.
+
+use serde::Deserialize;
+
+use super::{super::families, tests::*, *};
+use crate::{config::ModelKind, ids::Step, model, torch};
+
+#[derive(Deserialize)]
+struct Fixture {
+    tokens: Vec<Vec<i64>>,
+    adamw: AdamW,
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct AdamW {
+    lr: f64,
+    betas: [f64; 2],
+    eps: f64,
+    weight_decay: f64,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    name: String,
+    config: serde_json::Value,
+    saved_by_4: serde_json::Value,
+    saved_by_5: serde_json::Value,
+    parameters: Vec<String>,
+    logits: Vec<f32>,
+    loss: f64,
+    gradients: Vec<[f64; 2]>,
+    loss_after_step: f64,
+}
+
+fn fixture() -> Fixture {
+    serde_json::from_str(include_str!("../../../tests/fixtures/family-parity.json")).unwrap()
+}
+
+fn with_formula(case: &Case, precision: Precision) -> Decoder {
+    tch::set_num_threads(1);
+    let settings = BuildSettings { device: Device::Cpu, precision, seed: Some(0) };
+    let model = Decoder::new(families::read(&case.config).unwrap(), &settings).unwrap();
+    let names: Vec<_> = model.parameters().iter().map(|parameter| parameter.name.clone()).collect();
+    assert_eq!(names, case.parameters, "{}", case.name);
+    let plus_one = model.config.scale == NormScale::PlusOne;
+    fill(&model, |p, name, i| {
+        let norm = if name.ends_with("norm.weight") && !plus_one { 1.0 } else { 0.0 };
+        (0.37 * i as f64 + p as f64).sin() * 0.3 + norm
+    });
+    model
+}
+
+fn batch(fixture: &Fixture) -> Tensor {
+    let rows = fixture.tokens.len() as i64;
+    Tensor::f_from_slice(&fixture.tokens.concat()).unwrap().f_view([rows, -1]).unwrap()
+}
+
+#[test]
+fn every_family_has_cases() {
+    let fixture = fixture();
+    for family in families::FAMILIES {
+        let of_family = |case: &&Case| case.config["model_type"] == family.model_type;
+        assert!(fixture.cases.iter().filter(of_family).count() >= 2, "{}", family.model_type);
+    }
+    assert_eq!(fixture.cases.len(), 16);
+}
+
+/// As given, and as either version of transformers writes it: in both spellings, with all of their own keys.
+#[test]
+fn each_spelling_of_a_configuration_is_the_same_model() {
+    for case in fixture().cases {
+        let read = families::read(&case.config).unwrap();
+        for config in [&case.config, &case.saved_by_4, &case.saved_by_5] {
+            model::check_description(ModelKind::Decoder, config)
+                .unwrap_or_else(|error| panic!("{}: {error}", case.name));
+            assert_eq!(families::read(config).unwrap(), read, "{}", case.name);
+        }
+    }
+}
+
+#[test]
+fn logits_gradients_and_a_step_are_those_of_hugging_face() {
+    let fixture = fixture();
+    let all = batch(&fixture);
+    let inputs = all.f_narrow(1, 0, all.size()[1] - 1).unwrap();
+    for case in &fixture.cases {
+        let model = with_formula(case, Precision::Fp32);
+        let logits = values(&model.logits(&inputs).unwrap().f_get(0).unwrap());
+        let far = furthest(&logits, &case.logits);
+        assert!(far < 1e-5, "{}: logits differ by {far}", case.name);
+
+        let loss = model.loss(&all).unwrap();
+        assert!((value(&loss) - case.loss).abs() < 5e-6, "{}: loss {}, not {}", case.name, value(&loss), case.loss);
+        loss.f_backward().unwrap();
+        let leaves: Vec<Tensor> = model.parameters().iter().map(|p| p.values().shallow_clone()).collect();
+        let gradients: Vec<Tensor> = leaves.iter().map(|leaf| leaf.f_grad().unwrap()).collect();
+        for ((name, gradient), expected) in case.parameters.iter().zip(&gradients).zip(&case.gradients) {
+            let gradient = values(gradient);
+            let norm = gradient.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+            let inner: f64 = gradient.iter().enumerate().map(|(i, &g)| f64::from(g) * (i as f64).cos()).sum();
+            let close = |a: f64, b: f64| (a - b).abs() < 5e-6 + 5e-5 * expected[0];
+            assert!(
+                close(norm, expected[0]) && close(inner, expected[1]),
+                "{}: gradient of {name} is {norm} {inner}, not {expected:?}",
+                case.name
+            );
+        }
+
+        let zeros = || leaves.iter().map(|leaf| leaf.f_detach().unwrap().f_zeros_like().unwrap()).collect::<Vec<_>>();
+        let (exp_avgs, exp_avg_sqs) = (zeros(), zeros());
+        let AdamW { lr, betas: [beta1, beta2], eps, weight_decay } = fixture.adamw;
+        let settings = torch::AdamW { lr, beta1, beta2, eps, weight_decay };
+        let moments = torch::Moments { exp_avgs: &exp_avgs, exp_avg_sqs: &exp_avg_sqs };
+        let _no_grad = tch::no_grad_guard();
+        torch::adamw_step(&leaves, &gradients, moments, Step(1), &settings, None).unwrap();
+        let after = value(&model.loss(&all).unwrap());
+        // A first step is the sign of the gradient: where one is nearly zero, its sign is rounding.
+        assert!((after - case.loss_after_step).abs() < 1e-3, "{}: {after}, not {}", case.name, case.loss_after_step);
+    }
+}
+
+/// How far bf16 is from fp32: the figure that `src/model/README.md` states.
+#[test]
+fn bf16_differs_by_its_rounding_in_every_family() {
+    let fixture = fixture();
+    let all = batch(&fixture);
+    for case in &fixture.cases {
+        let model = with_formula(case, Precision::Bf16);
+        let loss = model.loss(&all).unwrap();
+        assert!((value(&loss) - case.loss).abs() < 0.02 * case.loss, "{}: {} {}", case.name, value(&loss), case.loss);
+    }
+}

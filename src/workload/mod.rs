@@ -181,7 +181,7 @@ impl Workload {
         let state = TrainerState::at(step, &self.task, self.sequences)
             .ok_or_else(|| Error::new(Kind::Config, "train.steps × train.global_batch is too large"))?;
         let state = TrainerState { data: Some(self.identity.clone()), ..state };
-        let mut files = self.companions.clone();
+        let mut files = companions::typed(&self.companions, &index)?;
         files.push((layout::MODEL_INDEX.to_owned(), index));
         files.push((layout::TRAINER_STATE.to_owned(), state.to_bytes()?.into()));
         Ok(files)

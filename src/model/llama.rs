@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
-    BuildSettings, Doing, Model, ModelError, Parameter, Positions, Stage, Weight, init,
+    BuildSettings, Doing, Model, ModelError, Parameter, Positions, Spans, Stage, Targets, Weight, init,
     llama_config::{EMBEDDING, FINAL_NORM, LlamaConfig, OUTPUT, layer_of, layer_prefix},
     loss::linear_cross_entropy,
     rope::{RopeTable, Turns},
@@ -110,7 +110,7 @@ impl Llama {
     }
 
     /// Adds a layer's attention to the residual stream `x`.
-    fn attention(&self, layer: &Layer, x: &Tensor, turns: &Turns) -> Result<Tensor, TchError> {
+    fn attention(&self, layer: &Layer, x: &Tensor, turns: &Turns, spans: &Spans) -> Result<Tensor, TchError> {
         let normed = self.rms_norm(x, &layer.input_norm)?;
         let (batch, len, _) = x.size3()?;
         let width = i64::from(self.config.head_dim);
@@ -128,17 +128,20 @@ impl Llama {
             key = repeat_heads(&key, heads / shared)?;
             value = repeat_heads(&value, heads / shared)?;
         }
-        let mixed = Tensor::f_scaled_dot_product_attention(
-            &query.f_transpose(1, 2)?,
-            &key.f_transpose(1, 2)?,
-            &value.f_transpose(1, 2)?,
-            None::<&Tensor>,
-            0.0,
-            true,
-            None,
-            shared != heads && !repeat,
-        )?;
-        let mixed = mixed.f_transpose(1, 2)?.f_reshape([batch, len, heads * width])?;
+        let mixed = spans.attend([&query, &key, &value], |[query, key, value]| {
+            let mixed = Tensor::f_scaled_dot_product_attention(
+                &query.f_transpose(1, 2)?,
+                &key.f_transpose(1, 2)?,
+                &value.f_transpose(1, 2)?,
+                None::<&Tensor>,
+                0.0,
+                true,
+                None,
+                shared != heads && !repeat,
+            )?;
+            mixed.f_transpose(1, 2)
+        })?;
+        let mixed = mixed.f_reshape([batch, len, heads * width])?;
         x.f_add(&self.linear(&mixed, &layer.attention_output)?)
     }
 
@@ -214,21 +217,21 @@ impl Model for Llama {
         self.parts.layers.len()
     }
 
-    fn block(&self, index: usize, mut x: Tensor) -> Result<Tensor, ModelError> {
+    fn block(&self, index: usize, mut x: Tensor, spans: &Spans) -> Result<Tensor, ModelError> {
         let layer = self.parts.layers.get(index).ok_or_else(|| {
             let reason = format!("{index} is asked for, the model has {}", self.blocks());
             ModelError::Input { what: "block", reason }
         })?;
         let (_, len, _) = x.size3().doing("compute attention")?;
-        let turns = self.rope.turns(len)?;
-        x = self.attention(layer, &x, &turns).doing("compute attention")?;
+        spans.check(&x)?;
+        let turns = self.rope.turns(len, spans)?;
+        x = self.attention(layer, &x, &turns, spans).doing("compute attention")?;
         self.feed_forward(layer, &x).doing("compute feed-forward layer")
     }
 
-    fn head_loss(&self, x: Tensor, targets: &Tensor) -> Result<Tensor, ModelError> {
+    fn head_loss(&self, x: Tensor, targets: &Targets) -> Result<Tensor, ModelError> {
         let hidden = self.last_norm(x)?.f_flatten(0, 1).doing("compute loss")?;
-        let targets = targets.f_reshape(-1).doing("compute loss")?;
-        linear_cross_entropy(&hidden, &self.parts.output, &targets)
+        linear_cross_entropy(&hidden, &self.parts.output, targets)
     }
 
     fn head_scores(&self, x: Tensor, positions: Positions) -> Result<Tensor, ModelError> {
@@ -557,8 +560,8 @@ mod tests {
                 model.set_parameters(weights).unwrap();
                 let out = match stage {
                     Stage::Embed => model.embed(&tokens(2, 9)).unwrap(),
-                    Stage::Block(index) => model.block(index, x).unwrap(),
-                    Stage::Head => model.head_loss(x, &tokens(2, 9)).unwrap(),
+                    Stage::Block(index) => model.block(index, x, &Spans::whole()).unwrap(),
+                    Stage::Head => model.head_loss(x, &Targets::all(tokens(2, 9))).unwrap(),
                 };
                 assert!(values(&out).iter().all(|value| value.is_finite()), "{stage:?} reads more, tied {tied}");
                 out.f_sum(Kind::Float).unwrap().f_backward().unwrap();
@@ -568,7 +571,8 @@ mod tests {
                 }
             }
         }
-        assert!(fp32(json!({})).block(2, Tensor::zeros([1, 1, 32], (Kind::Float, Device::Cpu))).is_err());
+        let beyond = Tensor::zeros([1, 1, 32], (Kind::Float, Device::Cpu));
+        assert!(fp32(json!({})).block(2, beyond, &Spans::whole()).is_err());
     }
 
     #[test]

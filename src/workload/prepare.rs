@@ -87,6 +87,7 @@ impl Workload {
                 format!("data.sequence_length is {length}, but the model takes at most {positions} ({key})");
             return Err(Error::new(Kind::Config, message));
         }
+        dataset.check_length(length)?;
         let samples = dataset.samples(Split::Train, length);
         let sequences = NonZeroU64::new(samples).ok_or_else(|| {
             let message = format!("{} holds no sequence of {length} tokens", wanted.train);

@@ -27,6 +27,9 @@ pub mod lora;
 mod loss;
 pub mod random;
 mod rope;
+mod spans;
+#[cfg(test)]
+mod spans_tests;
 mod weight;
 
 use tch::{Device, TchError, Tensor};
@@ -34,6 +37,7 @@ use tch::{Device, TchError, Tensor};
 pub use self::{
     decoder::config::{Context, DecoderConfig},
     folder::from_folder,
+    spans::{Batch, Spans, Targets},
     weight::{Parameter, Stage, Weight},
 };
 use crate::{
@@ -158,12 +162,13 @@ pub trait Model: Send {
     /// The number of blocks.
     fn blocks(&self) -> usize;
 
-    /// One block, from 0 to [`Model::blocks`] - 1: vectors for those of the block before.
-    fn block(&self, index: usize, x: Tensor) -> Result<Tensor, ModelError>;
+    /// One block, from 0 to [`Model::blocks`] - 1: vectors for those of the block before. Attention and positions stay
+    /// within the documents that `spans` lists.
+    fn block(&self, index: usize, x: Tensor, spans: &Spans) -> Result<Tensor, ModelError>;
 
-    /// The last stage when training: mean cross entropy (nats per token) of `targets`, i64 `[batch, T]`, for the last
-    /// block's vectors.
-    fn head_loss(&self, x: Tensor, targets: &Tensor) -> Result<Tensor, ModelError>;
+    /// The last stage when training: mean cross entropy (nats per token) over `targets` for the last block's vectors.
+    /// Without any target it is 0 with gradients of zero, so that a rank still takes part in the reduction.
+    fn head_loss(&self, x: Tensor, targets: &Targets) -> Result<Tensor, ModelError>;
 
     /// The last stage otherwise: fp32 scores of the next token for the last block's vectors.
     fn head_scores(&self, x: Tensor, positions: Positions) -> Result<Tensor, ModelError>;
@@ -178,36 +183,31 @@ pub trait Model: Send {
     fn device(&self) -> Device;
 
     /// The last block's vectors for `tokens` `[batch, T]`.
-    fn vectors(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        (0..self.blocks()).try_fold(self.embed(tokens)?, |x, index| self.block(index, x))
+    fn vectors(&self, tokens: &Tensor, spans: &Spans) -> Result<Tensor, ModelError> {
+        (0..self.blocks()).try_fold(self.embed(tokens)?, |x, index| self.block(index, x, spans))
     }
 
-    /// Mean cross entropy (nats per token) of predicting `tokens[.., 1..]` from the tokens before: an fp32 scalar.
+    /// Mean cross entropy (nats per token) over the batch's targets: an fp32 scalar, 0 without any.
     ///
-    /// `tokens`: i64 `[batch, T + 1]` on the model's device, each below [`Model::vocab_size`] (not checked here: on a
-    /// GPU that would cost a synchronisation), T at most [`Model::max_sequence_length`]. `backward()` may be called on
-    /// the result once; if gradients are not recorded, nothing is kept for it.
+    /// T is at most [`Model::max_sequence_length`]. `backward()` may be called on the result once; if gradients are not
+    /// recorded, nothing is kept for it.
+    fn batch_loss(&self, batch: &Batch) -> Result<Tensor, ModelError> {
+        self.head_loss(self.vectors(&batch.inputs, &batch.spans)?, &batch.targets)
+    }
+
+    /// [`Model::batch_loss`] of plain text, i64 `[batch, T + 1]`: see [`Batch::plain`].
     fn loss(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        let shape = tokens.size();
-        let len = match shape.as_slice() {
-            &[_, len] if len >= 2 => len - 1,
-            _ => {
-                let reason = format!("have shape {shape:?}, not [batch, T + 1]");
-                return Err(ModelError::Input { what: "tokens", reason });
-            }
-        };
-        let x = self.vectors(&tokens.f_narrow(1, 0, len).doing("slice tokens")?)?;
-        self.head_loss(x, &tokens.f_narrow(1, 1, len).doing("slice tokens")?)
+        self.batch_loss(&Batch::plain(tokens)?)
     }
 
     /// Scores of the next token at every position: fp32 `[batch, T, vocabulary]` for i64 `tokens` `[batch, T]`.
     fn logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        self.head_scores(self.vectors(tokens)?, Positions::All)
+        self.head_scores(self.vectors(tokens, &Spans::whole())?, Positions::All)
     }
 
     /// Scores after the last position only: fp32 `[batch, vocabulary]` for i64 `tokens` `[batch, T]`.
     fn last_logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        self.head_scores(self.vectors(tokens)?, Positions::Last)
+        self.head_scores(self.vectors(tokens, &Spans::whole())?, Positions::Last)
     }
 }
 

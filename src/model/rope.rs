@@ -10,11 +10,11 @@ use std::sync::{Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Doing, ModelError,
+    Doing, ModelError, Spans,
     decoder::config::{Llama3Scaling, Rope, Scaling},
 };
 
-/// Cosines and sines, fp32 `[T, 1, width]`: they broadcast over `[batch, T, heads, width]`.
+/// Cosines and sines, fp32 `[T, 1, width]` or `[batch, T, 1, width]`: they broadcast over `[batch, T, heads, width]`.
 pub(super) struct Turns {
     cos: Tensor,
     /// With the sign of each half's partner: minus in the first half, plus in the second.
@@ -66,8 +66,9 @@ impl RopeTable {
         }
     }
 
-    /// The turns of positions 0 to `len` - 1; `len` is at most the model's longest sequence.
-    pub(super) fn turns(&self, len: i64) -> Result<Turns, ModelError> {
+    /// The turns of each token of rows of `len`, by its position in its document; `len` is at most the model's longest
+    /// sequence.
+    pub(super) fn turns(&self, len: i64, spans: &Spans) -> Result<Turns, ModelError> {
         // A panic in another thread can't leave half a table: it is replaced as a whole.
         let mut grown = self.grown.lock().unwrap_or_else(PoisonError::into_inner);
         let table = match grown.take() {
@@ -79,13 +80,8 @@ impl RopeTable {
             }
         };
         let table = grown.insert(table);
-        let first = |tensor: &Tensor| tensor.f_narrow(0, 0, len);
-        Ok(Turns {
-            cos: first(&table.cos).doing("slice rotary table")?,
-            sin: first(&table.sin).doing("slice rotary table")?,
-            width: self.width,
-            head: self.head,
-        })
+        let of = |tensor: &Tensor| spans.of_table(tensor, len).doing("slice rotary table");
+        Ok(Turns { cos: of(&table.cos)?, sin: of(&table.sin)?, width: self.width, head: self.head })
     }
 
     fn compute(&self, positions: i64) -> Result<Turns, tch::TchError> {

@@ -207,21 +207,23 @@ fn lay_out(
     Some(ShardPlan { kind, file_name, image_offset, len, header, tensors: placements })
 }
 
-/// `model.safetensors.index.json`: which weight is in which file, and the bytes of all weights.
+/// `model.safetensors.index.json`: which weight is in which file, and the bytes and elements of all weights.
 ///
 /// `plans` are all ranks' plans, made from `tensors`.
 pub fn model_index(plans: &[ImagePlan], tensors: &[TensorSpec]) -> serde_json::Value {
     let mut weight_map = serde_json::Map::new();
-    let mut total_size = 0;
+    let (mut total_size, mut total_parameters) = (0, 0);
     for shard in plans.iter().flat_map(|plan| &plan.shards).filter(|shard| shard.kind == ShardKind::Model) {
         for placement in &shard.tensors {
             if let Some(tensor) = tensors.get(placement.tensor) {
                 weight_map.insert(tensor.stored_name(), shard.file_name.clone().into());
                 total_size += placement.len;
+                total_parameters += placement.len / tensor.dtype.size();
             }
         }
     }
-    serde_json::json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map })
+    let metadata = serde_json::json!({ "total_parameters": total_parameters, "total_size": total_size });
+    serde_json::json!({ "metadata": metadata, "weight_map": weight_map })
 }
 
 /// Reads the header of a whole safetensors file that is not trusted (`bytes`: header and data).

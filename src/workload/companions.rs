@@ -284,20 +284,67 @@ fn description(config: &Value, tokens: &Tokens, own: bool, said: &mut Vec<String
     if !own && map.contains_key("bos_token_id") && bos(map, tokens).is_none() {
         map.insert("bos_token_id".into(), Value::Null);
     }
-    // Version 4 of transformers reads the first two keys, version 5 all three.
-    let present = |map: &Map<String, Value>, key: &str| map.get(key).is_some_and(|value| !value.is_null());
-    if let Some(Value::Object(rope)) = map.get("rope_parameters").cloned() {
-        if !present(map, "rope_theta")
-            && let Some(theta) = rope.get("rope_theta").filter(|theta| theta.is_number())
-        {
-            map.insert("rope_theta".into(), theta.clone());
-        }
-        let kind = rope.get("rope_type").or_else(|| rope.get("type"));
-        if !present(map, "rope_scaling") && kind.is_some_and(|kind| kind != "default") {
-            map.insert("rope_scaling".into(), Value::Object(rope));
-        }
-    }
+    spell_rotary(map);
     config
+}
+
+/// Adds the spelling of transformers 4 to that of transformers 5: version 4 reads keys of the document itself and
+/// `rope_scaling`, version 5 reads `rope_parameters` as well. A key that is there stays as it is.
+fn spell_rotary(map: &mut Map<String, Value>) {
+    let Some(Value::Object(rope)) = map.get("rope_parameters").cloned() else { return };
+    let mut add = |key: &str, value: Option<&Value>| {
+        if let Some(value) = value.filter(|value| !value.is_null())
+            && map.get(key).is_none_or(Value::is_null)
+        {
+            map.insert(key.into(), value.clone());
+        }
+    };
+    let by_type = |layer_type| rope.get(layer_type).and_then(Value::as_object);
+    if let Some(sliding) = by_type("sliding_attention") {
+        add("rope_local_base_freq", sliding.get("rope_theta"));
+    }
+    let rope = by_type("full_attention").unwrap_or(&rope);
+    add("rope_theta", rope.get("rope_theta").filter(|theta| theta.is_number()));
+    add("partial_rotary_factor", rope.get("partial_rotary_factor"));
+    let kind = rope.get("rope_type").or_else(|| rope.get("type"));
+    match kind.and_then(Value::as_str) {
+        None | Some("default") => {}
+        // Version 4 demands these very keys for some families.
+        Some("linear") => add("rope_scaling", Some(&json!({"type": "linear", "factor": rope.get("factor")}))),
+        Some("longrope" | "su" | "yarn") => {
+            add("original_max_position_embeddings", rope.get("original_max_position_embeddings"));
+            let [short, long] = ["short_factor", "long_factor"].map(|key| rope.get(key));
+            add("rope_scaling", Some(&json!({"type": "longrope", "short_factor": short, "long_factor": long})));
+        }
+        Some(_) => add("rope_scaling", Some(&Value::Object(rope.clone()))),
+    }
+}
+
+/// The same files, whose description names the type of the weights that lie beside them: `index` has their bytes and
+/// their number. Programs convert weights to that type when they open the folder.
+pub fn typed(files: &[(String, Bytes)], index: &[u8]) -> Result<Files> {
+    let index: Value = serde_json::from_slice(index).unwrap_or_default();
+    let total = |key: &str| index["metadata"][key].as_u64().filter(|&total| total > 0);
+    let name = match (total("total_size"), total("total_parameters")) {
+        (Some(bytes), Some(elements)) if bytes == elements * 4 => "float32",
+        (Some(bytes), Some(elements)) if bytes == elements * 2 => "bfloat16",
+        // Weights of several types, or an index without numbers: the description stays as it is.
+        _ => return Ok(files.to_vec()),
+    };
+    let typed = |(file, bytes): &(String, Bytes)| {
+        let bytes = if file == layout::MODEL_CONFIG { with_type(bytes, name)? } else { bytes.clone() };
+        Ok((file.clone(), bytes))
+    };
+    files.iter().map(typed).collect()
+}
+
+/// A description that names this type, in the spellings of both versions of transformers.
+pub fn with_type(description: &[u8], name: &str) -> Result<Bytes> {
+    let Some(mut map) = object(description) else { return Ok(Bytes::copy_from_slice(description)) };
+    for key in ["dtype", "torch_dtype"] {
+        map.insert(key.into(), name.into());
+    }
+    pretty(&Value::Object(map))
 }
 
 /// The id of the description's begin token, where the data's tokenizer has a special token of this id.
@@ -513,6 +560,45 @@ mod tests {
         let (files, _) = made(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}), None);
         let description = &files[layout::MODEL_CONFIG];
         assert_eq!((&description["rope_theta"], description.get("rope_scaling")), (&json!(2e4), None));
+
+        let spelt = |rope: Value| {
+            let mut map = Map::from_iter([("rope_parameters".to_owned(), rope)]);
+            spell_rotary(&mut map);
+            map.remove("rope_parameters");
+            Value::Object(map)
+        };
+        assert_eq!(
+            spelt(json!({"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})),
+            json!({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"type": "linear", "factor": 8.0}})
+        );
+        assert_eq!(
+            spelt(json!({"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+                "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 64})),
+            json!({"rope_theta": 1e4, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}})
+        );
+    }
+
+    #[test]
+    fn the_description_names_the_type_of_the_weights_beside_it() {
+        let files: Files = vec![
+            (layout::MODEL_CONFIG.into(), Bytes::from_static(b"{\"torch_dtype\": \"float16\", \"a\": 1}")),
+            ("tokenizer.json".into(), Bytes::from_static(b"{ }")),
+        ];
+        let named = |index: Value| {
+            let typed = typed(&files, index.to_string().as_bytes()).unwrap();
+            assert_eq!(typed[1], files[1]);
+            let description: Value = serde_json::from_slice(&typed[0].1).unwrap();
+            assert_eq!(description["a"], 1);
+            [description["dtype"].clone(), description["torch_dtype"].clone()]
+        };
+        let index = |bytes: u64, elements: u64| json!({"metadata": {"total_size": bytes, "total_parameters": elements}});
+        assert_eq!(named(index(40, 10)), ["float32", "float32"]);
+        assert_eq!(named(index(20, 10)), ["bfloat16", "bfloat16"]);
+        for other in [index(30, 10), index(0, 0), json!({})] {
+            assert_eq!(named(other), [Value::Null, "float16".into()]);
+        }
     }
 
     #[test]

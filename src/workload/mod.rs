@@ -203,11 +203,15 @@ impl Workload {
         let state = TrainerState::at(step, &self.task, self.sequences)
             .ok_or_else(|| Error::new(Kind::Config, "train.steps × train.global_batch is too large"))?;
         let state = TrainerState { data: Some(self.identity.clone()), ..state };
-        let mut files = self.companions.clone();
         // Adapters are one file, which needs no index.
-        if self.base.is_none() {
-            files.push((layout::MODEL_INDEX.to_owned(), index));
-        }
+        let mut files = match &self.base {
+            Some(_) => self.companions.clone(),
+            None => {
+                let mut files = companions::typed(&self.companions, &index)?;
+                files.push((layout::MODEL_INDEX.to_owned(), index));
+                files
+            }
+        };
         files.push((layout::TRAINER_STATE.to_owned(), state.to_bytes()?.into()));
         Ok(files)
     }

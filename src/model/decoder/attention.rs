@@ -11,7 +11,10 @@ use std::sync::{Mutex, PoisonError};
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{config::DecoderConfig, kind};
-use crate::{config::Precision, model::BuildSettings};
+use crate::{
+    config::Precision,
+    model::{BuildSettings, Spans},
+};
 
 /// Queries of a windowed layer that are computed at once, at most.
 const PIECE: i64 = 1024;
@@ -39,14 +42,13 @@ impl Attention {
         }
     }
 
-    /// Attention of `query` `[batch, T, heads, width]` to `key` and `value` `[batch, T, shared heads, width]`:
-    /// `[batch, heads, T, width]`. `window`: the number of positions that one attends to, itself among them.
+    /// Attention of queries `[batch, T, heads, width]` to keys and values `[batch, T, shared heads, width]`, within each
+    /// document: `[batch, T, heads, width]`. `window`: the number of positions that one attends to, itself among them.
     pub fn mix(
         &self,
-        query: Tensor,
-        mut key: Tensor,
-        mut value: Tensor,
+        [query, mut key, mut value]: [Tensor; 3],
         window: Option<u32>,
+        spans: &Spans,
     ) -> Result<Tensor, TchError> {
         let (_, len, ..) = query.size4()?;
         let window = window.map(i64::from).filter(|&window| window < len);
@@ -58,25 +60,39 @@ impl Attention {
             key = repeat_heads(&key, self.heads / self.shared)?;
             value = repeat_heads(&value, self.heads / self.shared)?;
         }
-        let (query, key, value) = (query.f_transpose(1, 2)?, key.f_transpose(1, 2)?, value.f_transpose(1, 2)?);
-        let mix = |query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>| {
+        let plain = |query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>| {
             let shares = shared && !repeat;
             Tensor::f_scaled_dot_product_attention(query, key, value, mask, 0.0, mask.is_none(), self.scale, shares)
         };
-        let Some(window) = window else { return mix(&query, &key, &value, None) };
+        spans.attend([&query, &key, &value], |[query, key, value]| {
+            let [query, key, value] = [query.f_transpose(1, 2)?, key.f_transpose(1, 2)?, value.f_transpose(1, 2)?];
+            let mixed = match window {
+                Some(window) if window < query.size4()?.2 => self.windowed([&query, &key, &value], window, plain)?,
+                _ => plain(&query, &key, &value, None)?,
+            };
+            mixed.f_transpose(1, 2)
+        })
+    }
 
+    /// Attention over a window shorter than the document, in pieces; all tensors are `[batch, heads, T, width]`.
+    fn windowed(
+        &self,
+        [query, key, value]: [&Tensor; 3],
+        window: i64,
+        attend: impl Fn(&Tensor, &Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor, TchError>,
+    ) -> Result<Tensor, TchError> {
+        let (_, _, len, _) = query.size4()?;
         let mask = self.mask(window)?;
         let part = |x: &Tensor, begin: i64, end: i64| x.f_narrow(2, begin, end - begin);
-        let start = [&query, &key, &value].map(|x| part(x, 0, window));
-        let [q, k, v] = start;
-        let mut pieces = vec![mix(&q?, &k?, &v?, None)?];
+        let mut pieces =
+            vec![attend(&part(query, 0, window)?, &part(key, 0, window)?, &part(value, 0, window)?, None)?];
         let mut begin = window;
         while begin < len {
             let end = len.min(begin + piece(window));
             let first = begin - window + 1;
             let mask = mask.f_narrow(0, 0, end - begin)?.f_narrow(1, 0, end - first)?;
-            let (key, value) = (part(&key, first, end)?, part(&value, first, end)?);
-            pieces.push(mix(&part(&query, begin, end)?, &key, &value, Some(&mask))?);
+            let (key, value) = (part(key, first, end)?, part(value, first, end)?);
+            pieces.push(attend(&part(query, begin, end)?, &key, &value, Some(&mask))?);
             begin = end;
         }
         Tensor::f_cat(&pieces, 2)

@@ -23,7 +23,7 @@ use self::{
     },
 };
 use super::{
-    BuildSettings, Doing, Model, ModelError, Parameter, Positions, Stage, Weight, init,
+    BuildSettings, Doing, Model, ModelError, Parameter, Positions, Spans, Stage, Targets, Weight, init,
     lora::Adapter,
     loss::linear_cross_entropy,
     rope::{RopeTable, Turns},
@@ -189,17 +189,23 @@ impl Decoder {
         })
     }
 
-    /// The turns of a rotary embedding for positions 0 to `len` - 1.
-    fn turns(&self, rope: usize, len: i64) -> Result<Turns, ModelError> {
+    /// The turns of a rotary embedding for rows of `len` tokens.
+    fn turns(&self, rope: usize, len: i64, spans: &Spans) -> Result<Turns, ModelError> {
         let table = self.ropes.get(rope).ok_or_else(|| ModelError::Input {
             what: "rotary embedding",
             reason: format!("{rope} is not in the model's description"),
         })?;
-        table.turns(len)
+        table.turns(len, spans)
     }
 
     /// Adds a layer's attention to the residual stream `x`.
-    fn attention(&self, layer: &Layer, x: &Tensor, turns: Option<&Turns>) -> Result<Tensor, TchError> {
+    fn attention(
+        &self,
+        layer: &Layer,
+        x: &Tensor,
+        turns: Option<&Turns>,
+        spans: &Spans,
+    ) -> Result<Tensor, TchError> {
         let normed = self.norm_before(x, layer.before_attention.as_ref())?;
         let (batch, len, _) = x.size3()?;
         let width = i64::from(self.config.head_dim);
@@ -236,8 +242,8 @@ impl Decoder {
                 )
             }
         };
-        let mixed = self.attention.mix(query, key, value, layer.window)?;
-        let mixed = mixed.f_transpose(1, 2)?.f_reshape([batch, len, heads * width])?;
+        let mixed = self.attention.mix([query, key, value], layer.window, spans)?;
+        let mixed = mixed.f_reshape([batch, len, heads * width])?;
         let added = self.linear(&mixed, &layer.attention_output)?;
         x.f_add(&self.norm_after(added, layer.after_attention.as_ref())?)
     }
@@ -383,21 +389,21 @@ impl Model for Decoder {
         self.parts.layers.len()
     }
 
-    fn block(&self, index: usize, mut x: Tensor) -> Result<Tensor, ModelError> {
+    fn block(&self, index: usize, mut x: Tensor, spans: &Spans) -> Result<Tensor, ModelError> {
         let layer = self.parts.layers.get(index).ok_or_else(|| {
             let reason = format!("{index} is asked for, the model has {}", self.blocks());
             ModelError::Input { what: "block", reason }
         })?;
         let (_, len, _) = x.size3().doing("compute attention")?;
-        let turns = layer.rope.map(|rope| self.turns(rope, len)).transpose()?;
-        x = self.attention(layer, &x, turns.as_ref()).doing("compute attention")?;
+        spans.check(&x)?;
+        let turns = layer.rope.map(|rope| self.turns(rope, len, spans)).transpose()?;
+        x = self.attention(layer, &x, turns.as_ref(), spans).doing("compute attention")?;
         self.feed_forward(layer, &x).doing("compute feed-forward layer")
     }
 
-    fn head_loss(&self, x: Tensor, targets: &Tensor) -> Result<Tensor, ModelError> {
+    fn head_loss(&self, x: Tensor, targets: &Targets) -> Result<Tensor, ModelError> {
         let hidden = self.last_norm(x)?.f_flatten(0, 1).doing("compute loss")?;
-        let targets = targets.f_reshape(-1).doing("compute loss")?;
-        linear_cross_entropy(&hidden, &self.parts.output, &targets)
+        linear_cross_entropy(&hidden, &self.parts.output, targets)
     }
 
     fn head_scores(&self, x: Tensor, positions: Positions) -> Result<Tensor, ModelError> {

@@ -121,6 +121,67 @@ fn logits_gradients_and_a_step_are_those_of_hugging_face() {
     }
 }
 
+/// Windows and positions, too, stay within a document.
+#[test]
+fn a_packed_document_has_the_scores_that_it_has_alone_in_every_family() {
+    let fixture = fixture();
+    let tokens = batch(&fixture).f_narrow(1, 0, 12).unwrap();
+    let mut spans = Spans::whole();
+    spans.set([&[0, 3][..], &[0]], 12, Device::Cpu).unwrap();
+    for case in &fixture.cases {
+        let model = with_formula(case, Precision::Fp32);
+        let scores = |tokens: &Tensor, spans: &Spans| {
+            let x = model.vectors(tokens, spans).unwrap();
+            model.head_scores(x, Positions::All).unwrap()
+        };
+        let packed = scores(&tokens, &spans);
+        for (row, begin, len) in [(0, 0, 3), (0, 3, 9), (1, 0, 12)] {
+            let part = |x: &Tensor| x.f_narrow(0, row, 1).unwrap().f_narrow(1, begin, len).unwrap();
+            let far = furthest(&values(&part(&packed)), &values(&scores(&part(&tokens), &Spans::whole())));
+            assert!(far < 1e-5, "{}: {far} in row {row} from {begin}", case.name);
+        }
+    }
+}
+
+/// Each part of a description shows in the scores: the fixture would notice if it were left out.
+#[test]
+fn no_part_of_a_description_can_be_left_out() {
+    type Change = fn(&mut DecoderConfig);
+    let fixture = fixture();
+    let inputs = batch(&fixture).f_narrow(1, 0, 12).unwrap();
+    let changes: [(&str, &str, Change); 13] = [
+        ("qwen3", "query_key_norm", |config| config.query_key_norm = None),
+        ("olmo2", "query_key_norm", |config| config.query_key_norm = None),
+        ("qwen2", "biases", |config| config.biases.inputs = false),
+        ("llama", "the output's bias", |config| config.biases.output = false),
+        ("smollm3_interval", "biases of the feed-forward layer", |config| config.biases.mlp = false),
+        ("smollm3", "a layer without positions", |config| config.layers[1].rope = Some(0)),
+        ("mistral_window", "window", |config| config.layers.iter_mut().for_each(|layer| layer.window = None)),
+        ("mistral_window", "one position more", |config| config.layers[0].window = Some(6)),
+        ("gemma3", "local wavelengths", |config| config.layers[0].rope = Some(0)),
+        ("gemma3", "embedding_scale", |config| config.embedding_scale = None),
+        ("gemma3", "attention_scale", |config| config.attention_scale = None),
+        ("gemma3", "activation", |config| config.activation = Activation::Silu),
+        ("llama_linear_rope", "scaling", |config| config.ropes[0].scaling = None),
+    ];
+    for (name, what, change) in changes {
+        let case = fixture.cases.iter().find(|case| case.name == name).unwrap();
+        let mut config = families::read(&case.config).unwrap();
+        change(&mut config);
+        let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: None };
+        let changed = Decoder::new(config, &settings).unwrap();
+        let whole = with_formula(case, Precision::Fp32);
+        let _no_grad = tch::no_grad_guard();
+        for parameter in changed.parameters() {
+            let from = whole.parameters().iter().find(|whole| whole.name == parameter.name).unwrap();
+            parameter.values().shallow_clone().f_copy_(from.values()).unwrap();
+        }
+        let logits = values(&changed.logits(&inputs).unwrap().f_get(0).unwrap());
+        let far = furthest(&logits, &case.logits);
+        assert!(far > 1e-4, "{name}: without {what} the scores differ by {far}");
+    }
+}
+
 /// How far bf16 is from fp32: the figure that `src/model/README.md` states.
 #[test]
 fn bf16_differs_by_its_rounding_in_every_family() {

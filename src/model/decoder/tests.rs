@@ -282,8 +282,8 @@ fn each_stage_reads_the_parameters_that_are_listed_for_it_and_no_others() {
             model.set_parameters(weights).unwrap();
             let out = match stage {
                 Stage::Embed => model.embed(&tokens(2, 9)).unwrap(),
-                Stage::Block(index) => model.block(index, x).unwrap(),
-                Stage::Head => model.head_loss(x, &tokens(2, 9)).unwrap(),
+                Stage::Block(index) => model.block(index, x, &Spans::whole()).unwrap(),
+                Stage::Head => model.head_loss(x, &Targets::all(tokens(2, 9))).unwrap(),
             };
             assert!(values(&out).iter().all(|value| value.is_finite()), "{stage:?} reads more, tied {tied}");
             out.f_sum(Kind::Float).unwrap().f_backward().unwrap();
@@ -293,7 +293,8 @@ fn each_stage_reads_the_parameters_that_are_listed_for_it_and_no_others() {
             }
         }
     }
-    assert!(fp32(json!({})).block(2, Tensor::zeros([1, 1, 32], (Kind::Float, Device::Cpu))).is_err());
+    let beyond = Tensor::zeros([1, 1, 32], (Kind::Float, Device::Cpu));
+    assert!(fp32(json!({})).block(2, beyond, &Spans::whole()).is_err());
 }
 
 #[test]

@@ -220,6 +220,8 @@ fn pass_seed(seed: u64, first: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    mod marked;
+
     use std::ops::RangeInclusive;
 
     use bytes::Bytes;
@@ -372,27 +374,32 @@ mod tests {
             (Ddp, 3, Precision::Bf16),
             (Zero1, 3, Precision::Fp32),
         ] {
-            let run = run(strategy, precision, 2);
-            let whole = everywhere(world, |group| {
-                let (mut training, state) = rank(&run, group, None);
-                (train(&mut training, 1..=6), files(&state, training.place))
-            });
-            let half = everywhere(world, |group| {
-                let (mut training, state) = rank(&run, group, None);
-                (train(&mut training, 1..=3), files(&state, training.place))
-            });
-            let saved: Vec<Bytes> = half.iter().flat_map(|(_, files)| files.clone()).collect();
-            let rest = everywhere(world, |group| {
-                let (mut training, state) = rank(&run, group, Some(&saved));
-                (train(&mut training, 4..=6), files(&state, training.place))
-            });
-            for ((whole, half), rest) in whole.iter().zip(&half).zip(&rest) {
-                assert_eq!(whole.0, [half.0.as_slice(), &rest.0].concat(), "{strategy:?} {world} {precision:?}");
-                assert!(whole.1 == rest.1, "{strategy:?} {world} {precision:?}: other bytes");
-            }
-            let loss = |step: usize| f64::from_bits(whole[0].0[step][0]);
-            assert!(loss(5) < loss(0), "nothing was learnt");
+            assert_resumes(&run(strategy, precision, 2), world);
         }
+    }
+
+    /// Six steps in one go have the bits of three, a save, and three.
+    fn assert_resumes(run: &Run, world: u32) {
+        let case = format!("{:?} {world} {:?}", run.parallel.strategy, run.train.precision);
+        let whole = everywhere(world, |group| {
+            let (mut training, state) = rank(run, group, None);
+            (train(&mut training, 1..=6), files(&state, training.place))
+        });
+        let half = everywhere(world, |group| {
+            let (mut training, state) = rank(run, group, None);
+            (train(&mut training, 1..=3), files(&state, training.place))
+        });
+        let saved: Vec<Bytes> = half.iter().flat_map(|(_, files)| files.clone()).collect();
+        let rest = everywhere(world, |group| {
+            let (mut training, state) = rank(run, group, Some(&saved));
+            (train(&mut training, 4..=6), files(&state, training.place))
+        });
+        for ((whole, half), rest) in whole.iter().zip(&half).zip(&rest) {
+            assert_eq!(whole.0, [half.0.as_slice(), &rest.0].concat(), "{case}");
+            assert!(whole.1 == rest.1, "{case}: other bytes");
+        }
+        let loss = |step: usize| whole.iter().map(|rank| f64::from_bits(rank.0[step][0])).sum::<f64>();
+        assert!(loss(5) < loss(0), "{case}: nothing was learnt");
     }
 
     #[test]

@@ -25,7 +25,7 @@ use std::{net::IpAddr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-pub use batch::{Pass, Passes, Shares, Spread, share};
+pub use batch::{Pass, Passes, Shares, Spread, divisor, share};
 pub use change::{
     Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, names, reading_settings,
     settings,

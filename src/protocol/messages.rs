@@ -164,11 +164,11 @@ pub enum FromWorker {
     Validated {
         /// After this step.
         step: Step,
-        /// Sum of its sequences' mean losses.
+        /// Sum of the losses of its targets.
         #[serde(with = "bits")]
         loss_sum: f64,
-        /// Its sequences.
-        sequences: u64,
+        /// Its targets.
+        targets: u64,
     },
     /// The loop has ended after this step: the last one, or the one it was told to stop after.
     Stopped {

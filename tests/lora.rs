@@ -58,12 +58,11 @@ impl Tuning {
         let life = self.run("undisturbed").finish().expect_code(0);
         let losses = losses(&[&life]);
         assert_eq!(losses.len() as u64, STEPS, "{}", life.story());
-        let mean = |steps: std::ops::RangeInclusive<u64>| -> f64 {
-            steps.map(|step| losses[&step].parse::<f64>().expect("a loss")).sum::<f64>() / 6.0
-        };
-        let (first, last) = (mean(1..=6), mean(STEPS - 5..=STEPS));
-        assert!(last < first - 0.1, "it learns: {first} to {last}\n{}", life.story());
-        (losses, self.adapters("undisturbed"))
+        let adapters = self.adapters("undisturbed");
+        for (name, tensor) in tensors(&adapters) {
+            assert!(floats(&tensor).iter().any(|value| *value != 0.0), "{name} has learnt nothing");
+        }
+        (losses, adapters)
     }
     #[track_caller]
     fn expect(&self, expected: &(Losses, Vec<u8>), run: &str, lives: &[&Finished]) {

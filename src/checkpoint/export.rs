@@ -1,9 +1,10 @@
 //! A checkpoint's weights as a Hugging Face model folder, or its adapters as PEFT's adapter folder.
 //!
-//! Stored layout: `model.safetensors` (all weights in one file, or `adapter_model.safetensors` with all adapters; tensors in [`header::file_order`]), `config.json`,
-//! `tokenizer.json`, `generation_config.json` and the tokenizer's other files, all but the first only if the checkpoint
-//! has them. The bytes depend on the weights alone: checkpoints of equal weights give equal files, whatever the world
-//! size that wrote them.
+//! Stored layout: `model.safetensors` (all weights in one file, tensors in [`header::file_order`]), or
+//! `adapter_model.safetensors` with all adapters and `adapter_config.json`; `config.json`, `tokenizer.json`,
+//! `generation_config.json` and the tokenizer's other files, all but the first only if the checkpoint has them. The
+//! bytes depend on the weights alone: checkpoints of equal weights give equal files, whatever the world size that wrote
+//! them.
 //!
 //! Shards are read from start to end in parts; each part is summed, and its tensors' bytes go to their places in the
 //! merged file. So every byte is downloaded once and verified, and a folder on disk needs no more memory than the parts

@@ -1,7 +1,7 @@
 //! A run's adapters together with the weights that they were trained beside: for generating text, and for merging.
 //!
-//! The base is read from `model.init_from` and held against the checksums of the run's journal, as at every start of the
-//! run. *Memory:* all weights in fp32, and the base's files meanwhile.
+//! The base is read from `model.init_from` and held against the checksums of the run's journal, as at every start of
+//! the run. *Memory:* all weights in fp32, and the base's files meanwhile.
 
 use std::{collections::BTreeMap, path::Path};
 

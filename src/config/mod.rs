@@ -17,6 +17,8 @@ mod workload;
 #[cfg(test)]
 mod change_tests;
 #[cfg(test)]
+mod lora_tests;
+#[cfg(test)]
 mod network_tests;
 #[cfg(test)]
 mod tests;

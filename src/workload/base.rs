@@ -1,11 +1,11 @@
 //! The weights that adapters are trained beside: a model folder's files, in memory that this node's workers inherit.
 //!
-//! The files are named with their checksums when the run is created. They are read from the folder at every start of an
-//! agent, and held against those checksums byte for byte before anything is computed: adapters mean nothing beside other
-//! weights. Nothing of them is ever stored by the run.
+//! The files are named with their checksums when the run is created. They are read from the folder at every start of
+//! an agent, and held against those checksums byte for byte before anything is computed: adapters mean nothing beside
+//! other weights. Nothing of them is ever stored by the run.
 //!
-//! *Memory:* all bytes of the files, once per node, while the agent lives, so that workers which crash are started again
-//! without the folder. *Crash, cancel:* the memory is freed with its last user. *Retry:* read again.
+//! *Memory:* all bytes of the files, once per node, while the agent lives, so that workers which crash are started
+//! again without the folder. *Crash, cancel:* the memory is freed with its last user. *Retry:* read again.
 
 use bytes::Bytes;
 

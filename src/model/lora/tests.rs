@@ -180,3 +180,21 @@ fn names_are_those_of_peft() {
         assert!(error.contains(wrong) && error.contains("q_proj, k_proj"), "{error}");
     }
 }
+
+#[test]
+fn adapters_alone_learn_a_batch() {
+    let [_, model] = pair(json!({}), Precision::Fp32, &[ALL_LINEAR]);
+    let loss = || model.loss(&tokens()).unwrap();
+    let first = loss().double_value(&[]);
+    for _ in 0..60 {
+        loss().backward();
+        let _no_grad = tch::no_grad_guard();
+        for leaf in model.parameters().iter().filter_map(Parameter::leaf) {
+            let mut gradient = leaf.grad();
+            let _ = leaf.shallow_clone().f_add_(&(gradient.sign() * -1e-2)).unwrap();
+            let _ = gradient.zero_();
+        }
+    }
+    let last = loss().double_value(&[]);
+    assert!(last < first - 0.02, "{first} to {last}");
+}

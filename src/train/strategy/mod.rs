@@ -6,8 +6,8 @@
 //! | `ddp` | all | all-reduced behind the backward pass | all, the same on every rank | nothing |
 //! | `zero1` | all, to compute with | reduced by chunks | its chunk of each bucket | buckets are gathered |
 //!
-//! Frozen parameters are whole on every rank under each of them, and nobody reduces, updates or gathers them. Adapters beside
-//! a frozen base are trained like any parameter, in fp32.
+//! Frozen parameters are whole on every rank under each of them, and nobody reduces, updates or gathers them. Adapters
+//! beside a frozen base are trained like any parameter, in fp32.
 //!
 //! A strategy is made in two steps, because a worker says what its state is before it meets its peers: [`lay_out`]
 //! chooses and makes the tensors, [`Layout::connect`] makes what reduces and updates them.

@@ -22,6 +22,7 @@
 #![doc = include_str!("README.md")]
 
 pub mod cache;
+mod chat;
 mod columns;
 mod compressed;
 mod documents;
@@ -31,11 +32,14 @@ mod given;
 pub mod identity;
 mod input;
 mod json;
+mod layout;
 mod left_out;
 pub mod marks;
 pub mod meaning;
+mod pack;
 mod pages;
 mod place;
+mod placing;
 pub mod prepare;
 mod progress;
 mod records;
@@ -52,6 +56,7 @@ mod writer;
 use std::path::PathBuf;
 
 pub use cache::{LocalDataset, ensure_local};
+pub use layout::{DocumentFormat, LayoutSettings};
 pub use marks::Marks;
 pub use prepare::{PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource, prepare};
 pub use sampler::Sampler;

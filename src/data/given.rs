@@ -77,9 +77,9 @@ impl Given {
                 Some(Value::Array(named)) => {
                     let default = named.iter().find(|one| one["name"] == "default");
                     let text = default.and_then(|one| one["template"].as_str());
-                    return text.map(|text| Some(text.to_owned())).ok_or_else(|| {
-                        failed("has several chat templates, none of them named \"default\"")
-                    });
+                    return text
+                        .map(|text| Some(text.to_owned()))
+                        .ok_or_else(|| failed("has several chat templates, none of them named \"default\""));
                 }
                 _ => {}
             }

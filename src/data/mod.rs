@@ -227,9 +227,9 @@ impl Explain for DataError {
                     .into()
             }
             Self::NoSamples { .. } => "lower data.sequence_length, or prepare more text".into(),
-            Self::Packed { packed, .. } => format!(
-                "set data.sequence_length to {packed}, or prepare the data again with --sequence-length"
-            ),
+            Self::Packed { packed, .. } => {
+                format!("set data.sequence_length to {packed}, or prepare the data again with --sequence-length")
+            }
             Self::Vocabulary { data_vocab, .. } => format!(
                 "set vocab_size in the model's config.json to {data_vocab} or more, or prepare the data with the \
                 model's tokenizer"

@@ -2,9 +2,9 @@
 //! takes it (Johnson et al., "Worst-case performance bounds for simple one-dimensional packing algorithms", SIAM J.
 //! Comput. 3(4), 1974).
 //!
-//! Rows depend on the documents and their order alone. A bounded number of rows is open at a time; if a document fits in
-//! none of them, the fullest is given out. What remains of a row is filled with the end token: a document of its own,
-//! without targets.
+//! Rows depend on the documents and their order alone. A bounded number of rows is open at a time; if a document fits
+//! in none of them, the fullest is given out. What remains of a row is filled with the end token: a document of its
+//! own, without targets.
 
 use std::collections::{BTreeMap, VecDeque};
 

@@ -309,20 +309,16 @@ fn summary(index: &Index, uri: String, reused: bool, files: u64, counts: Counts)
         bad_records: counts.bad_records,
         too_long: dropped.too_long,
         without_target: dropped.without_target,
-        targets: index.has_marks().then(|| {
-            index.train.iter().filter_map(|shard| shard.marks.as_ref()).map(|marks| marks.targets).sum()
-        }),
+        targets: index
+            .has_marks()
+            .then(|| index.train.iter().filter_map(|shard| shard.marks.as_ref()).map(|marks| marks.targets).sum()),
     }
 }
 
 /// Checksums over everything that decides the output, as far as it can be known without reading the inputs. Inputs
-/// count by file name and size, so that a moved folder gives the same dataset. The second one is what it would be if the
-/// tokenizer put nothing around a text and lay in no folder, as in datasets of earlier versions.
-fn recipes(
-    settings: &PrepareSettings,
-    inputs: &[Input],
-    given: Option<&Given>,
-) -> Result<(String, String), DataError> {
+/// count by file name and size, so that a moved folder gives the same dataset. The second one is what it would be if
+/// the tokenizer put nothing around a text and lay in no folder, as in datasets of earlier versions.
+fn recipes(settings: &PrepareSettings, inputs: &[Input], given: Option<&Given>) -> Result<(String, String), DataError> {
     let tokenizer = match (&settings.tokenizer, given) {
         (TokenizerSource::Train { vocab }, _) => format!("train:{vocab} on {}", settings.sample_budget(*vocab)),
         (_, given) => format!("{:016x}", crc_fast::crc64_nvme(given.map_or(&[], |given| &given.json))),

@@ -166,8 +166,8 @@ pub(super) fn read(
 /// The message about a record of a conversation.
 pub(super) fn chat(name: &str) -> String {
     format!(
-        "is a record of a chat (field {name:?}): --format chat renders it with the chat template of --tokenizer; to train \
-         on a text instead, name its field with --text-field"
+        "is a record of a conversation (field {name:?}): --format chat renders JSON records of them with the chat \
+         template of --tokenizer; to train on a text instead, name its field with --text-field"
     )
 }
 

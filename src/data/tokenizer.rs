@@ -66,9 +66,10 @@ pub(super) fn framing(json: &[u8], file: &str) -> Result<Framing, DataError> {
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| failed(error.to_string()))?;
     let encode = |text: &str, special| {
-        tokenizer.encode_fast(text, special).map(|found| found.get_ids().to_vec()).map_err(|error| {
-            failed(error.to_string())
-        })
+        tokenizer
+            .encode_fast(text, special)
+            .map(|found| found.get_ids().to_vec())
+            .map_err(|error| failed(error.to_string()))
     };
     // Any text that has ids does: what stands before and behind them is put there by the tokenizer.
     let mut found = None;
@@ -85,9 +86,7 @@ pub(super) fn framing(json: &[u8], file: &str) -> Result<Framing, DataError> {
     };
     let (before, behind) = (&whole[..at], &whole[at + bare.len()..]);
     match (before, behind) {
-        ([] | [_], [] | [_]) => {
-            Ok(Framing { bos_id: before.first().copied(), eos_id: behind.first().copied() })
-        }
+        ([] | [_], [] | [_]) => Ok(Framing { bos_id: before.first().copied(), eos_id: behind.first().copied() }),
         _ => Err(failed(format!(
             "puts {} special tokens before a text and {} behind it; this version knows one each",
             before.len(),

@@ -123,11 +123,8 @@ impl ShardWriter {
         self.wait()?;
         let body = Bytes::from(std::mem::take(&mut self.buffer));
         let number = self.shards.len();
-        let named = |name: String, body: &Bytes| FileEntry {
-            file: name,
-            bytes: body.len() as u64,
-            crc64: Crc64::of(body),
-        };
+        let named =
+            |name: String, body: &Bytes| FileEntry { file: name, bytes: body.len() as u64, crc64: Crc64::of(body) };
         let tokens = (body.len() / self.dtype.width()) as u64;
         let mut entry = ShardEntry { file: named(self.split.shard_name(number), &body), tokens, marks: None };
         let mut files = vec![(entry.file.clone(), body)];

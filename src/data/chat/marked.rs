@@ -90,8 +90,8 @@ pub(super) struct Part<'a> {
     pub spelt: bool,
 }
 
-/// Cuts a rendered text without marks of turns at its marks. A template may have cut a special token that was spelt in a
-/// text, so that one mark of two is left: then there is a cut, too, so that neither side can join into such a token.
+/// Cuts a rendered text without marks of turns at its marks. A template may have cut a special token that was spelt in
+/// a text, so that one mark of two is left: there is a cut, too, so that neither side can join into such a token.
 pub(super) fn parts<'a>(text: &'a str, names: &Names) -> Vec<Part<'a>> {
     let mut parts = Vec::new();
     let (mut from, mut open) = (0, false);

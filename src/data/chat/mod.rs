@@ -5,7 +5,7 @@
 //! {"messages": […], "tools": […]} ──marked──► template ──turns──► text and turns ──open tokenizer──► ids, targets
 //! ```
 //! The ids are those of transformers' `apply_chat_template(messages, tools=…, tokenize=True)`. One thing differs: text
-//! that spells a special token stays text, as with its `sanitize_control_tokens`, since it could forge a turn or an end.
+//! that spells a special token stays text, as with its `sanitize_control_tokens`: it could forge a turn or an end.
 //!
 //! A record is used whole or not at all. What the template refuses is an error with the record's place.
 
@@ -161,11 +161,7 @@ impl Chats {
         Ok(Conversation { messages, tools, bytes: record.len() })
     }
 
-    fn message(
-        &self,
-        message: Json,
-        mark: &mut impl FnMut(String) -> Result<String, String>,
-    ) -> Result<Json, String> {
+    fn message(&self, message: Json, mark: &mut impl FnMut(String) -> Result<String, String>) -> Result<Json, String> {
         self.check_keys(&message)?;
         let Json::Object(fields) = message else { return Err("is no object with a role and a content".into()) };
         let role = fields.iter().find(|(key, _)| key == "role").and_then(|(_, role)| role.text());

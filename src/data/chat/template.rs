@@ -5,16 +5,14 @@
 //! methods of Python's texts and dictionaries, and blocks that take the line end behind them along.
 //!
 //! # Limits
-//! A template is untrusted input. Its length is limited, and so is the work of one rendering: in proportion to the chat,
-//! so that one with loops in loops ends with an error. It sees no files and no clock.
+//! A template is untrusted input. Its length is limited, and so is the work of one rendering, in proportion to the
+//! chat: loops in loops end with an error. It sees no files and no clock.
 
 use std::collections::BTreeMap;
 
 use jiff::civil::Date;
 use minijinja::{
-    Environment, Error, ErrorKind, State, UndefinedBehavior, Value, context,
-    syntax::SyntaxConfig,
-    value::Kwargs,
+    Environment, Error, ErrorKind, State, UndefinedBehavior, Value, context, syntax::SyntaxConfig, value::Kwargs,
 };
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -62,11 +60,8 @@ impl Template {
             return Err(format!("the chat template has {} bytes; {LONGEST} are the most", source.len()));
         }
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()
-            .map_err(|error| error.to_string())?;
+        let syntax =
+            SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|error| error.to_string())?;
         environment.set_syntax(syntax);
         // Jinja's own: an undefined value prints nothing, and has no fields.
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
@@ -82,9 +77,9 @@ impl Template {
             environment.add_global(name.clone(), token.clone());
         }
         let (body, has_generation) = with_generation_calls(source);
-        environment.add_template_owned("chat", body).map_err(|error| {
-            format!("the chat template can't be read: {}", told(&error))
-        })?;
+        environment
+            .add_template_owned("chat", body)
+            .map_err(|error| format!("the chat template can't be read: {}", told(&error)))?;
         let sha256 = Sha256::digest(source.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self { environment, sha256, has_generation })
     }

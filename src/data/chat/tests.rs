@@ -68,6 +68,11 @@ fn ids_are_those_of_transformers_for_every_template_and_chat() {
         let template = of_fixture(name);
         for (chat, ids) in chats.as_object().unwrap() {
             let found = template.encode(&tokenizer, &record(chat));
+            if (name.as_str(), chat.as_str()) == ("model", "calls") {
+                // This template leaves calls of tools out: of that turn nothing is left to train on.
+                assert!(matches!(&found, Err(NoIds::Chat(said)) if said.contains("can't be found")), "{found:?}");
+                continue;
+            }
             match serde_json::from_value::<Option<Vec<u32>>>(ids.clone()).unwrap() {
                 Some(ids) => {
                     let found = found.unwrap_or_else(|error| panic!("{chat} by {name}: {error:?}"));
@@ -93,8 +98,8 @@ fn targets_are_the_assistants_turns_and_the_tokens_that_end_them() {
             "header",
             "calls",
             &[
-                "{\"name\": \"light\", \"parameters\": {\"step\": 7, \"unit\": \"<lux> & more\", \"z\": 1.5e-07, \"a\": \
-                 [true, null, {}]}}<|eot_id|>",
+                "{\"name\": \"light\", \"parameters\": {\"step\": 7, \"unit\": \"<lux> & more\", \"z\": \
+                 1.5e-07, \"a\": [true, null, {}]}}<|eot_id|>",
                 "12 lux.<|eot_id|>",
             ],
         ),

@@ -60,10 +60,7 @@ impl Json {
                 Self::List(items.into_iter().map(|item| item.map_texts(change)).collect::<Result<_, E>>()?)
             }
             Self::Object(fields) => Self::Object(
-                fields
-                    .into_iter()
-                    .map(|(key, value)| Ok((key, value.map_texts(change)?)))
-                    .collect::<Result<_, E>>()?,
+                fields.into_iter().map(|(key, value)| Ok((key, value.map_texts(change)?))).collect::<Result<_, E>>()?,
             ),
             other => other,
         })
@@ -250,8 +247,8 @@ mod tests {
     #[test]
     fn values_are_written_as_python_writes_them() {
         let value = parsed(
-            r#"{"b": [1, -2, 18446744073709551615, 1.0, 1.5e-7, 1e22, 0.1, true, null], "a": {"x": "\u0001\"\\\né\ud83e\udd80"},
-            "c": [], "d": {}, "b2": 1, "b2": 2}"#,
+            r#"{"b": [1, -2, 18446744073709551615, 1.0, 1.5e-7, 1e22, 0.1, true, null],
+            "a": {"x": "\u0001\"\\\né\ud83e\udd80"}, "c": [], "d": {}, "b2": 1, "b2": 2}"#,
         );
         let line = "{\"b\": [1, -2, 18446744073709551615, 1.0, 1.5e-07, 1e+22, 0.1, true, null], \"a\": {\"x\": \
                     \"\\u0001\\\"\\\\\\n\u{e9}\u{1f980}\"}, \"c\": [], \"d\": {}, \"b2\": 2}";

@@ -61,7 +61,7 @@ fn json_of(done: &Finished) -> Value {
     serde_json::from_str(&done.stdout).expect("a summary")
 }
 
-const CHAT: [&str; 4] = ["--format", "chat", "--sequence-length", "96"];
+const CHAT: [&str; 4] = ["--format", "chat", "--sequence-length", "120"];
 
 /// The documents of a packed dataset: ids, each with whether it is a target; the filler aside.
 fn documents(dir: &Path, length: u32, eos: i64) -> Vec<Vec<(i64, bool)>> {
@@ -95,7 +95,7 @@ fn chats_become_rows_of_whole_chats_and_their_folder_travels() {
     let index = model.index("out");
     assert_eq!((&index["format"], &index["eos_id"]), (&json!(2), &json!(7)), "the folder's end token");
     let documents_said = &index["documents"];
-    assert_eq!((&documents_said["packed"], &documents_said["chat"]["end_ids"]), (&json!(96), &json!([7])));
+    assert_eq!((&documents_said["packed"], &documents_said["chat"]["end_ids"]), (&json!(120), &json!([7])));
     assert_eq!(documents_said["chat"]["template_sha256"].as_str().map(str::len), Some(64));
     for file in documents_said["files"].as_array().expect("files") {
         let name = file["file"].as_str().expect("a name");
@@ -107,7 +107,7 @@ fn chats_become_rows_of_whole_chats_and_their_folder_travels() {
         .map(|chat| serde_json::from_value(expected["chatml"][chat].clone()).expect("ids"))
         .collect();
     ids.sort();
-    let found = documents(&model.lab.path("out"), 96, 7);
+    let found = documents(&model.lab.path("out"), 120, 7);
     let found_ids: Vec<Vec<i64>> = found.iter().map(|chat| chat.iter().map(|token| token.0).collect()).collect();
     assert_eq!(found_ids, ids);
     for chat in &found {
@@ -139,7 +139,7 @@ fn chats_that_can_not_be_used_are_counted_and_named() {
             .replace("LONG", &"long ".repeat(200)),
     );
     let all = [&CHAT[..], &["--without-target", "drop"]].concat();
-    let said = ["1 document longer than a row of 97 tokens", "bad.jsonl:4", "--too-long drop", "--sequence-length"];
+    let said = ["1 document longer than a row of 121 tokens", "bad.jsonl:4", "--too-long drop", "--sequence-length"];
     model.prepare("bad.jsonl", "out", &all).expect_code(78).expect_said(&said);
     let said = ["1 chat without a turn of the assistant", "bad.jsonl:2", "--without-target drop"];
     let drop_long = [&CHAT[..], &["--too-long", "drop"]].concat();
@@ -149,7 +149,7 @@ fn chats_that_can_not_be_used_are_counted_and_named() {
     let summary = json_of(&model.prepare("bad.jsonl", "out", &both).expect_code(0));
     assert_eq!((&summary["too_long"], &summary["without_target"]), (&json!(1), &json!(1)));
     assert_eq!(model.index("out")["documents"]["dropped"], json!({"too_long": 1, "without_target": 1}));
-    assert_eq!(documents(&model.lab.path("out"), 96, 1).len(), 1);
+    assert_eq!(documents(&model.lab.path("out"), 120, 1).len(), 1);
 
     model.write("roles.jsonl", "\n{\"messages\": [{\"role\": \"tool\", \"content\": \"a\"}]}\n");
     let said = ["roles.jsonl:2", "the chat template refuses it: Turns must alternate"];
@@ -232,9 +232,9 @@ fn a_run_takes_the_datas_files_along_and_no_other_sequence_length() {
     lab.command(&arguments).args(&ratio).finish().expect_code(0);
     lab.write_config("run.toml", &lab.config("").replace(&format!("file://{}", data_set().display()), &uri));
     let few = ["--set", "train.steps=2", "--set", "train.schedule.warmup_steps=1"];
-    let said = ["packed for sequences of 96 tokens", "data.sequence_length is 32", "set data.sequence_length to 96"];
+    let said = ["packed for sequences of 120 tokens", "data.sequence_length is 32", "set data.sequence_length to 120"];
     lab.run("run").args(&few).finish().expect_code(78).expect_said(&said);
-    lab.run("run").args(&few).args(&["--set", "data.sequence_length=96"]).finish().expect_code(0);
+    lab.run("run").args(&few).args(&["--set", "data.sequence_length=120"]).finish().expect_code(0);
     lab.export("run");
     let export = lab.path("export-run");
     for name in ["chat_template.jinja", "tokenizer_config.json", "tokenizer.json"] {
@@ -252,7 +252,7 @@ fn a_run_takes_the_datas_files_along_and_no_other_sequence_length() {
     ]);
     for (said, bytes) in damages {
         std::fs::write(&marks, bytes).expect("damage");
-        let life = lab.run("damaged").args(&few).args(&["--set", "data.sequence_length=96"]).finish();
+        let life = lab.run("damaged").args(&few).args(&["--set", "data.sequence_length=120"]).finish();
         assert_ne!(life.code(), Some(0));
         life.expect_said(&["train-00000.marks", said]);
     }

@@ -2,7 +2,8 @@
 //!
 //! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` to `v4/` what later versions
 //! have added, `dataset-2/` what format 2 of datasets has. They never change: a new version gets its own folder.
-//! `fixtures/formats/hostile/` holds objects that once looked dangerous. Both are read by the same functions that read the store.
+//! `fixtures/formats/hostile/` holds objects that once looked dangerous.
+//! All are read by the same functions that read the store.
 
 use std::{fs, path::PathBuf};
 

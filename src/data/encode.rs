@@ -30,7 +30,7 @@ use super::{
     shards::{FORMAT, FORMAT_WITH_MARKS, FileEntry, Index, Split, TokenType},
     special::Unfit,
     tokenizer::{Framing, TextTokenizer},
-    writer::{Shape, ShardWriter},
+    writer::{ShardShape, ShardWriter},
 };
 use crate::{
     layout::TOKENIZER,
@@ -97,7 +97,7 @@ impl Job {
         let vocab_size = tokenizer.vocab_size();
         (self.progress)(PrepareEvent::TokenizerReady { vocab_size });
 
-        let shape = Shape {
+        let shape = ShardShape {
             vocab_size,
             eos_id: tokenizer.eos_id(),
             bos_id: framing.bos_id,

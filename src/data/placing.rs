@@ -11,7 +11,7 @@ use super::{
     marks::Dropped,
     prepare::PrepareEvent,
     shards::{ShardEntry, Split},
-    writer::{Shape, ShardWriter},
+    writer::{ShardShape, ShardWriter},
 };
 use crate::report::human::plural;
 
@@ -61,7 +61,7 @@ pub(super) struct Placed {
 
 pub(super) struct Placing<'a> {
     job: &'a Job,
-    shape: Shape,
+    shape: ShardShape,
     train: ShardWriter,
     validation: ShardWriter,
     pieces: u64,
@@ -73,7 +73,7 @@ pub(super) struct Placing<'a> {
 }
 
 impl<'a> Placing<'a> {
-    pub(super) fn new(job: &'a Job, shape: Shape, train: ShardWriter, validation: ShardWriter) -> Self {
+    pub(super) fn new(job: &'a Job, shape: ShardShape, train: ShardWriter, validation: ShardWriter) -> Self {
         Self {
             job,
             shape,

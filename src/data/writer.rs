@@ -20,7 +20,7 @@ use crate::storage::{Crc64, Store};
 
 /// How the documents of a dataset lie in its shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(super) struct ShardShape {
     /// Below this all ids are.
     pub vocab_size: u32,
     /// The token behind each document.
@@ -39,7 +39,7 @@ pub(super) struct Shape {
 pub(super) struct ShardWriter {
     split: Split,
     dtype: TokenType,
-    shape: Shape,
+    shape: ShardShape,
     /// Bytes of a full shard; a multiple of the token's width, and of a row's.
     full: usize,
     store: Store,
@@ -54,7 +54,7 @@ pub(super) struct ShardWriter {
 }
 
 impl ShardWriter {
-    pub(super) fn new(split: Split, shape: Shape, store: Store, runtime: Handle) -> Self {
+    pub(super) fn new(split: Split, shape: ShardShape, store: Store, runtime: Handle) -> Self {
         let dtype = TokenType::for_vocabulary(shape.vocab_size);
         let unit = dtype.width() * shape.row.unwrap_or(1);
         let full = usize::try_from(shape.shard_tokens).unwrap_or(usize::MAX).saturating_mul(dtype.width());

@@ -4,8 +4,8 @@
 //! What these files say about tokens agrees with the data. A run that starts from the weights of a folder whose
 //! tokenizer is the data's takes that tokenizer's other files along, chat templates included. They are read from the
 //! folder when the run is created, and from the newest checkpoint when it is resumed: the folder may be gone by then.
-//! A dataset that was prepared with a folder's tokenizer has these files itself, and then they are taken from there: the
-//! chat template is the one that the data was made with.
+//! A dataset that was prepared with a folder's tokenizer has these files itself, and then they are taken from there:
+//! the chat template is the one that the data was made with.
 
 use std::{collections::BTreeMap, path::Path, time::Duration};
 

@@ -44,6 +44,11 @@ impl Names {
         self.0.iter().find(|name| text.ends_with(name.as_str())).map(String::as_str)
     }
 
+    /// Where the template itself put the special token `name`.
+    pub(super) fn own(&self, text: &str, name: &str) -> impl Iterator<Item = usize> {
+        text.match_indices(name).map(|(at, _)| at).filter(|&at| !text[..at].ends_with(SPELT))
+    }
+
     /// Whether a special token of the template ends `text`.
     pub(super) fn at_end(&self, text: &str) -> bool {
         self.name_at_end(text).is_some()
@@ -81,7 +86,7 @@ pub(super) fn without_turns(text: &str) -> String {
 
 /// A part of a rendered chat.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Part<'a> {
+pub(super) struct Stretch<'a> {
     /// Without marks.
     pub text: &'a str,
     /// Its place in the text with marks.
@@ -92,12 +97,12 @@ pub(super) struct Part<'a> {
 
 /// Cuts a rendered text without marks of turns at its marks. A template may have cut a special token that was spelt in
 /// a text, so that one mark of two is left: there is a cut, too, so that neither side can join into such a token.
-pub(super) fn parts<'a>(text: &'a str, names: &Names) -> Vec<Part<'a>> {
+pub(super) fn parts<'a>(text: &'a str, names: &Names) -> Vec<Stretch<'a>> {
     let mut parts = Vec::new();
     let (mut from, mut open) = (0, false);
-    let cut = |range: Range<usize>, spelt: bool, parts: &mut Vec<Part<'a>>| {
+    let cut = |range: Range<usize>, spelt: bool, parts: &mut Vec<Stretch<'a>>| {
         if let Some(text) = text.get(range.clone()).filter(|text| !text.is_empty()) {
-            parts.push(Part { text, at: range.start, spelt: spelt && names.at_start(text) == Some(text) });
+            parts.push(Stretch { text, at: range.start, spelt: spelt && names.at_start(text) == Some(text) });
         }
     };
     for (at, letter) in text.char_indices().filter(|(_, letter)| is_mark(*letter)) {

@@ -23,7 +23,7 @@ use jiff::civil::Date;
 use tokenizers::{ModelWrapper, Tokenizer};
 
 use self::{
-    marked::{Names, Part},
+    marked::{Names, Stretch},
     template::{Failure, Template},
     turns::Conversation,
     value::Json,
@@ -251,7 +251,7 @@ impl Chats {
     fn part(
         &self,
         tokenizer: &TextTokenizer,
-        part: &Part<'_>,
+        part: &Stretch<'_>,
         first: bool,
         turns: &[Range<usize>],
         all: &mut ChatIds,

@@ -90,7 +90,7 @@ fn ids_are_those_of_transformers_for_every_template_and_chat() {
 
 #[test]
 fn targets_are_the_assistants_turns_and_the_tokens_that_end_them() {
-    let cases: [(&str, &str, &[&str]); 14] = [
+    let cases: [(&str, &str, &[&str]); 15] = [
         ("chatml", "one", &["It counts  every step, again and again.<|im_end|>"]),
         ("chatml", "turns", &[" One machine.\n\nNo more. <|im_end|>", "Two <b>machines</b> & \"more\".<|im_end|>"]),
         ("header", "turns", &["One machine.\n\nNo more.<|eot_id|>", "Two <b>machines</b> & \"more\".<|eot_id|>"]),
@@ -114,6 +114,16 @@ fn targets_are_the_assistants_turns_and_the_tokens_that_end_them() {
             &[
                 " One machine.\n\nNo more. <|im_end|>",
                 "<think>\n\n</think>\n\nTwo <b>machines</b> & \"more\".<|im_end|>",
+            ],
+        ),
+        // A call without text, which shows no thoughts once its answer follows.
+        (
+            "thinking",
+            "calls",
+            &[
+                "<tool_call>\n{\"name\": \"light\", \"arguments\": {\"step\": 7, \"unit\": \"<lux> & more\", \"z\": \
+                 1.5e-07, \"a\": [true, null, {}]}}\n</tool_call><|im_end|>",
+                "<think>\n\n</think>\n\n12 lux.<|im_end|>",
             ],
         ),
         (

@@ -7,9 +7,12 @@
 //! 2. The chat is rendered up to the turn with the header behind it (`add_generation_prompt`), and up to and including
 //!    the turn. If each text begins the next one, the turn is the difference.
 //! 3. Templates that show a turn differently once others follow (they leave out its thoughts) are given marks around
-//!    the assistant's text; if nothing else changes, the marks say where it is. It begins behind its header.
+//!    the assistant's text; if nothing else changes, the marks say where it is. It begins behind its header. A turn
+//!    without text, such as a call of a tool, begins where the text before it ends, and ends with the token that ends
+//!    it where nothing follows.
 //!
-//! A turn that no special token ends is refused: a model trained on it would never stop.
+//! A turn that no special token ends is refused: a model trained on it would never stop. So is one of which the template
+//! leaves nothing.
 
 use std::ops::Range;
 
@@ -38,25 +41,36 @@ pub(super) fn find(
 ) -> Result<(String, Vec<Range<usize>>), Failure> {
     let values: Vec<Value> = chat.messages.iter().map(Json::to_value).collect();
     let tools = chat.tools.as_ref().map_or_else(|| Value::from(()), Json::to_value);
-    let rendering = Rendering { template, names, chat, values, tools };
-    let whole = rendering.text(&rendering.values, false)?;
+    let search = Search { template, names, chat, values, tools };
+    let whole = search.text(&search.values, false)?;
     let (text, turns) = split(&whole)?;
     if template.has_generation() {
-        let turns = turns.into_iter().map(|turn| rendering.closed(&text, turn)).collect::<Result<_, _>>()?;
+        let turns = turns.into_iter().map(|turn| search.closed(&text, turn)).collect::<Result<_, _>>()?;
         return Ok((text, turns));
     }
     let mut turns: Vec<Range<usize>> = Vec::new();
     let assistants = (0..chat.messages.len()).filter(|&at| role(&chat.messages[at]) == Some("assistant"));
     for at in assistants {
         let after = turns.last().map_or(0, |turn| turn.end);
-        let turn = match rendering.by_prefix(&text, at).filter(|turn| turn.start >= after) {
+        let turn = match search.by_prefix(&text, at).filter(|turn| turn.start >= after) {
             Some(turn) => turn,
-            None => rendering.by_marks(&text, at, after)?,
+            None => match search.by_marks(&text, at, after) {
+                Ok(turn) => turn,
+                Err(failure) => search.by_end(&text, at).filter(|turn| turn.start >= after).ok_or(failure)?,
+            },
         };
         // Behind the special token there may be a line end.
         let end = turn.start + text[turn.clone()].trim_end().len();
         let ended = names.at_end(&text[turn.start..end]);
-        turns.push(rendering.closed(&text, if ended { turn.start..end } else { turn })?);
+        let turn = search.closed(&text, if ended { turn.start..end } else { turn })?;
+        let end = names.name_at_end(&text[turn.clone()]).unwrap_or_default();
+        if text[turn.clone()].strip_suffix(end).is_some_and(|said| said.trim().is_empty()) {
+            return Err(Failure::Chat(format!(
+                "has an assistant's turn (message {}) of which the chat template leaves nothing",
+                at + 1
+            )));
+        }
+        turns.push(turn);
     }
     Ok((text, turns))
 }
@@ -84,7 +98,7 @@ fn split(whole: &str) -> Result<(String, Vec<Range<usize>>), Failure> {
     Ok((text, turns))
 }
 
-struct Rendering<'a> {
+struct Search<'a> {
     template: &'a Template,
     names: &'a Names,
     chat: &'a Conversation,
@@ -92,7 +106,7 @@ struct Rendering<'a> {
     tools: Value,
 }
 
-impl Rendering<'_> {
+impl Search<'_> {
     fn text(&self, messages: &[Value], prompt: bool) -> Result<String, Failure> {
         self.template.render(messages, &self.tools, self.chat.bytes, prompt)
     }
@@ -141,6 +155,19 @@ impl Rendering<'_> {
         });
         let start = behind_header.or(start.filter(|start| *start >= after)).ok_or_else(unknown)?;
         if start < end { Ok(start..end) } else { Err(unknown()) }
+    }
+
+    /// The turn of message `at`, by the text before it and the token that ends it.
+    fn by_end(&self, text: &str, at: usize) -> Option<Range<usize>> {
+        let before = self.text(self.values.get(..at)?, true).ok()?;
+        let alone = self.text(self.values.get(..=at)?, false).ok()?;
+        let rest = text.strip_prefix(&before)?;
+        let turn = alone.strip_prefix(&before)?.trim_end();
+        let end = self.names.name_at_end(turn)?;
+        // The same token may be inside the turn, too.
+        let last = self.names.own(turn, end).count().checked_sub(1)?;
+        let found = self.names.own(rest, end).nth(last)?;
+        Some(before.len()..before.len() + found + end.len())
     }
 
     /// What the template puts before a turn of the assistant.

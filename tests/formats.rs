@@ -1,8 +1,9 @@
 //! Stored formats: objects of released versions stay readable forever; hostile objects are errors.
 //!
 //! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` to `v5/` what later versions
-//! have added. They never change: a new version gets its own folder. `fixtures/formats/hostile/` holds objects that
-//! once looked dangerous. Both are read by the same functions that read the store.
+//! have added, `dataset-2/` what format 2 of datasets has. They never change: a new version gets its own folder.
+//! `fixtures/formats/hostile/` holds objects that once looked dangerous.
+//! All are read by the same functions that read the store.
 
 use std::{fs, path::PathBuf};
 
@@ -108,6 +109,11 @@ fn written_by_version_5() -> Vec<(String, Vec<u8>)> {
     encoded(samples::records_of_version_5())
 }
 
+/// What format 2 of datasets has added, as this version writes it.
+fn written_by_format_2_of_datasets() -> Vec<(String, Vec<u8>)> {
+    vec![("index.json".into(), samples::index_of_format_2().to_bytes())]
+}
+
 fn encoded(records: Vec<Record>) -> Vec<(String, Vec<u8>)> {
     let name = |record: &Record| format!("journal-{}.json", record.kind());
     records.into_iter().map(|record| (name(&record), samples::entry(record).encode().expect("short"))).collect()
@@ -151,6 +157,7 @@ fn objects_of_earlier_versions_are_read_to_the_same_value() {
     read_to_the_same_value("v3", written_by_version_3());
     read_to_the_same_value("v4", written_by_version_4());
     read_to_the_same_value("v5", written_by_version_5());
+    read_to_the_same_value("dataset-2", written_by_format_2_of_datasets());
 }
 
 fn read_to_the_same_value(version: &str, written: Vec<(String, Vec<u8>)>) {
@@ -201,7 +208,7 @@ fn a_newer_format_differs_from_damage() {
         let Ok(text) = String::from_utf8(bytes) else { continue };
         let next = match name.split(['.', '-']).next() {
             Some("journal") => FORMAT + 1,
-            Some("heartbeat") => 3,
+            Some("heartbeat" | "index") => 3,
             _ => 2,
         };
         let newer = text.replacen("\"format\": 1", &format!("\"format\": {next}"), 1).replacen(
@@ -244,6 +251,7 @@ fn kinds() -> Vec<(String, Vec<u8>)> {
     let messages = messages.map(|(i, bytes)| (format!("{}-{i}", if i < 3 { "toworker" } else { "fromworker" }), bytes));
     let later = written_by_version_2().into_iter().chain(written_by_version_3()).chain(written_by_version_4());
     let later = later.chain(written_by_version_5());
+    let later = later.chain(written_by_format_2_of_datasets());
     written().into_iter().chain(later).chain(messages).collect()
 }
 

@@ -78,6 +78,20 @@ fn look(folder: &Path, rope_theta: f64) {
     }
 }
 
+/// The ids in `tests/fixtures/chat/expected.json`, to which the chats of `data prepare` are held, are theirs.
+#[test]
+fn chats_have_the_ids_that_transformers_gives() {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    for version in [VERSION_4, VERSION_5] {
+        let Some(transformers) = environment(version) else { continue };
+        let mut command = Command::new("python3");
+        command.arg(tests.join("interop/chats.py")).arg(tests.join("fixtures/chat"));
+        let output = command.env("PYTHONPATH", transformers).output().expect("start python3");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: {said}", version.0);
+    }
+}
+
 #[test]
 fn a_checkpoint_is_opened_by_transformers() {
     let lab = Lab::on_interrupted_run();

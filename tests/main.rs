@@ -5,6 +5,7 @@
 mod support;
 
 mod boot;
+mod chats;
 mod crash;
 mod damage;
 mod dataset;

@@ -22,6 +22,7 @@
 #![doc = include_str!("README.md")]
 
 pub mod cache;
+mod chat;
 mod columns;
 mod compressed;
 mod documents;
@@ -31,11 +32,14 @@ mod given;
 pub mod identity;
 mod input;
 mod json;
+mod layout;
 mod left_out;
 pub mod marks;
 pub mod meaning;
+mod pack;
 mod pages;
 mod place;
+mod placing;
 pub mod prepare;
 mod progress;
 mod records;
@@ -52,6 +56,7 @@ mod writer;
 use std::path::PathBuf;
 
 pub use cache::{LocalDataset, ensure_local};
+pub use layout::{DocumentFormat, LayoutSettings};
 pub use marks::Marks;
 pub use prepare::{PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource, prepare};
 pub use sampler::Sampler;
@@ -222,9 +227,9 @@ impl Explain for DataError {
                     .into()
             }
             Self::NoSamples { .. } => "lower data.sequence_length, or prepare more text".into(),
-            Self::Packed { packed, .. } => format!(
-                "set data.sequence_length to {packed}, or prepare the data again with --sequence-length"
-            ),
+            Self::Packed { packed, .. } => {
+                format!("set data.sequence_length to {packed}, or prepare the data again with --sequence-length")
+            }
             Self::Vocabulary { data_vocab, .. } => format!(
                 "set vocab_size in the model's config.json to {data_vocab} or more, or prepare the data with the \
                 model's tokenizer"

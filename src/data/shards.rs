@@ -375,9 +375,7 @@ impl Dataset {
     /// [`DataError::Packed`].
     pub fn check_length(&self, sequence_length: u32) -> Result<(), DataError> {
         match self.index.packed().filter(|packed| *packed != sequence_length) {
-            Some(packed) => {
-                Err(DataError::Packed { dataset: self.dir.display().to_string(), packed, sequence_length })
-            }
+            Some(packed) => Err(DataError::Packed { dataset: self.dir.display().to_string(), packed, sequence_length }),
             None => Ok(()),
         }
     }

@@ -4,6 +4,8 @@
 //! What these files say about tokens agrees with the data. A run that starts from the weights of a folder whose
 //! tokenizer is the data's takes that tokenizer's other files along, chat templates included. They are read from the
 //! folder when the run is created, and from the newest checkpoint when it is resumed: the folder may be gone by then.
+//! A dataset that was prepared with a folder's tokenizer has these files itself, and then they are taken from there:
+//! the chat template is the one that the data was made with.
 
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
@@ -43,6 +45,12 @@ pub struct Tokens {
     pub meaning: Meaning,
     /// The token between documents.
     pub eos_id: u32,
+    /// The token before each document.
+    pub bos_id: Option<u32>,
+    /// The tokens that end an assistant's turn, in chats.
+    pub end_ids: Vec<u32>,
+    /// The tokenizer's other files, of a dataset that has them.
+    pub files: Files,
 }
 
 impl Tokens {
@@ -57,7 +65,39 @@ impl Tokens {
             tracing::warn!("{} {reason}", path.display());
             Meaning::default()
         });
-        Ok(Self { json, meaning, eos_id: index.eos_id })
+        let documents = index.documents.as_ref();
+        let mut files = Files::new();
+        // The run has the model's description.
+        let travelling = documents.into_iter().flat_map(|documents| &documents.files);
+        for entry in travelling.filter(|entry| entry.file != layout::MODEL_CONFIG) {
+            let path = dir.join(&entry.file);
+            let bytes = config::read_small(&path, MAX_FILE)
+                .map_err(|error| Error::from_source(Kind::Config, error).context(format!("read {}", path.display())))?;
+            files.push((entry.file.clone(), bytes.into()));
+        }
+        Ok(Self {
+            json,
+            meaning,
+            eos_id: index.eos_id,
+            bos_id: documents.and_then(|documents| documents.bos_id),
+            end_ids: documents
+                .and_then(|documents| documents.chat.as_ref())
+                .map(|chat| chat.end_ids.clone())
+                .unwrap_or_default(),
+            files,
+        })
+    }
+
+    /// The files of the tokenizer's folder: the data's, where it has them, else `own`, of the folder that the weights
+    /// come from. Generation settings are the model's.
+    fn with(&self, own: Option<Files>) -> Option<Files> {
+        if self.files.is_empty() {
+            return own;
+        }
+        let generation = own.into_iter().flatten().filter(|(name, _)| name == layout::GENERATION_CONFIG);
+        let mut files: BTreeMap<String, Bytes> = self.files.iter().cloned().collect();
+        files.extend(generation);
+        Some(files.into_iter().collect())
     }
 
     fn eos(&self) -> Option<&str> {
@@ -67,7 +107,7 @@ impl Tokens {
 
 /// The files of a run whose tokenizer is the data's alone.
 pub fn plain(task: &TrainTask, tokens: &Tokens) -> Result<Files> {
-    files(task, tokens, None).map(|(files, _)| files)
+    files(task, tokens, tokens.with(None).as_deref()).map(|(files, _)| files)
 }
 
 /// Reads what a new run starts from, and takes along the files that belong to it. `data`: the folder of its data.
@@ -87,7 +127,7 @@ pub async fn of_new_run(config: &RunConfig, data: &Path, reporter: &Reporter) ->
         }
         None => None,
     };
-    let (files, contradictions) = files(task, &tokens, own.as_deref())?;
+    let (files, contradictions) = files(task, &tokens, tokens.with(own).as_deref())?;
     for message in contradictions {
         reporter.event(&Event::Warning { message });
     }
@@ -134,7 +174,7 @@ pub async fn of_existing_run(
             }
         }
     };
-    Ok(Some(files(task, &tokens, Some(&own))?.0))
+    Ok(Some(files(task, &tokens, tokens.with(Some(own)).as_deref())?.0))
 }
 
 /// The files that travel, as they stand in a model folder.
@@ -185,7 +225,8 @@ fn files(task: &TrainTask, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -> 
     files.insert(layout::MODEL_CONFIG.into(), pretty(&description)?);
     files.insert(layout::GENERATION_CONFIG.into(), pretty(&generation)?);
 
-    let json = if own.is_some() { None } else { without_special_tokens(&tokens.json) };
+    let bare = own.is_none() && tokens.bos_id.is_none();
+    let json = if bare { without_special_tokens(&tokens.json) } else { None };
     let json = json.as_ref().map(pretty).transpose()?.unwrap_or_else(|| tokens.json.clone());
     files.insert(layout::TOKENIZER.into(), json);
 
@@ -353,7 +394,7 @@ fn bos(description: &Map<String, Value>, tokens: &Tokens) -> Option<u32> {
     tokens.meaning.is_special(id).then_some(id)
 }
 
-/// The generation settings: as the folder says, ending with the data's end token.
+/// The generation settings: as the folder says, ending with the data's end token, and with those of turns.
 fn generation_config(
     folder: Option<Map<String, Value>>,
     description: &Value,
@@ -369,6 +410,14 @@ fn generation_config(
         }
         let ids = description.get("eos_token_id").cloned().unwrap_or_else(|| tokens.eos_id.into());
         generation.insert("eos_token_id".into(), ids);
+    }
+    for end in &tokens.end_ids {
+        let ids = generation.entry("eos_token_id").or_insert_with(|| json!([]));
+        if !holds(ids, *end) {
+            let mut all = ids.as_array().cloned().unwrap_or_else(|| vec![ids.clone()]);
+            all.push((*end).into());
+            *ids = all.into();
+        }
     }
     if !from_folder && let Some(id) = description.get("bos_token_id").filter(|id| !id.is_null()) {
         generation.insert("bos_token_id".into(), id.clone());
@@ -387,7 +436,7 @@ fn tokenizer_config(tokens: &Tokens, description: &Value, longest: u32) -> Value
     if let Some(eos) = tokens.eos() {
         settings["eos_token"] = eos.into();
     }
-    let bos = description.as_object().and_then(|map| bos(map, tokens));
+    let bos = tokens.bos_id.or_else(|| description.as_object().and_then(|map| bos(map, tokens)));
     if let Some(bos) = bos.and_then(|id| tokens.meaning.text(id)) {
         settings["bos_token"] = bos.into();
     }
@@ -450,7 +499,8 @@ mod tests {
             "model": {"type": "BPE", "vocab": {"a": 2, "b": 3}, "merges": []},
         });
         let json: Bytes = json.to_string().into_bytes().into();
-        Tokens { meaning: Meaning::of_json(&json).unwrap(), json, eos_id: 0 }
+        let meaning = Meaning::of_json(&json).unwrap();
+        Tokens { meaning, json, eos_id: 0, bos_id: None, end_ids: vec![], files: vec![] }
     }
 
     fn task(extra: Value) -> TrainTask {
@@ -547,6 +597,33 @@ mod tests {
             .cloned()
             .collect();
         assert_eq!(files(&task(json!({"eos_token_id": 7})), &tokens(), Some(&own)).unwrap().0, files_before);
+    }
+
+    #[test]
+    fn the_files_of_the_data_are_taken_and_generation_ends_with_the_turns() {
+        let config: Bytes = Bytes::from_static(b"{\"eos_token\": \"<|end|>\", \"chat_template\": \"the data's\"}");
+        let tokens = Tokens {
+            files: vec![(layout::TOKENIZER_CONFIG.into(), config.clone())],
+            end_ids: vec![0, 7],
+            bos_id: Some(1),
+            ..tokens()
+        };
+        let template = json!({"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|begin|>"}}]});
+        let mut json: Value = serde_json::from_slice(&tokens.json).unwrap();
+        json["post_processor"] = template;
+        let tokens = Tokens { json: json.to_string().into_bytes().into(), ..tokens };
+        let of_weights: Files = vec![
+            (layout::TOKENIZER_CONFIG.into(), Bytes::from_static(b"{}")),
+            (layout::GENERATION_CONFIG.into(), Bytes::from_static(b"{\"temperature\": 0.5, \"eos_token_id\": 0}")),
+        ];
+        let own = tokens.with(Some(of_weights));
+        let (files, said) = files(&task(json!({})), &tokens, own.as_deref()).unwrap();
+        let files: BTreeMap<_, _> = files.into_iter().collect();
+        assert_eq!(files[layout::TOKENIZER_CONFIG], config, "to the byte");
+        assert_eq!(files[layout::TOKENIZER], tokens.json, "with the begin token");
+        let generation: Value = serde_json::from_slice(&files[layout::GENERATION_CONFIG]).unwrap();
+        assert_eq!(generation, json!({"temperature": 0.5, "eos_token_id": [0, 7]}));
+        assert!(said.is_empty(), "{said:?}");
     }
 
     #[test]

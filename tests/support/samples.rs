@@ -12,7 +12,7 @@ use trainer::{
         save::Receipt,
     },
     config::*,
-    data::shards,
+    data::{self, shards},
     ids::{AttemptId, DatasetId, Generation, NodeId, NodeKey, Rank, RunId, Step, WorldSize},
     journal::{Committed, Entry, FormedReason, Gone, Means, Metrics, Record, ResumePoint, RosterEntry, SaveCost},
     rendezvous::heartbeat::{Group, Heartbeat, Process, State},
@@ -308,4 +308,31 @@ pub fn index() -> shards::Index {
         train: vec![shard("train-00000.bin", 1 << 20), shard("train-00001.bin", 77)],
         validation: vec![shard("validation-00000.bin", 1 << 10)],
     }
+}
+
+/// One of format 2, with everything that it may have.
+pub fn index_of_format_2() -> shards::Index {
+    let file = |file: &str, bytes| shards::FileEntry { file: file.into(), bytes, crc64: Crc64(0x0123_4567_89ab_cdef) };
+    let mut index = index();
+    index.format = 2;
+    for (number, shard) in index.train.iter_mut().chain(&mut index.validation).enumerate() {
+        let split = if number < 2 { data::Split::Train } else { data::Split::Validation };
+        shard.tokens = 129 * (number as u64 + 1);
+        shard.file.bytes = shard.tokens * 2;
+        let name = split.marks_name(number % 2);
+        let file = file(&name, shard.tokens.div_ceil(4));
+        shard.marks = Some(data::marks::MarksEntry { file, documents: 7, targets: 90 });
+    }
+    index.documents = Some(data::marks::Documents {
+        bos_id: Some(1),
+        packed: Some(128),
+        dropped: data::marks::Dropped { too_long: 3, without_target: 4 },
+        chat: Some(data::marks::Rendering {
+            template_sha256: "0123456789abcdef".repeat(4),
+            date: Some("2026-01-31".into()),
+            end_ids: vec![2, 7],
+        }),
+        files: vec![file("chat_template.jinja", 900), file("config.json", 600)],
+    });
+    index
 }

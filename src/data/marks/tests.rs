@@ -25,11 +25,7 @@ fn dataset(dir: &Path, packed: Option<u32>, shards: &[Vec<(bool, bool)>]) -> Ind
         train.push(ShardEntry {
             file: entry(dir, &Split::Train.shard_name(number), &ids),
             tokens: shard.len() as u64,
-            marks: Some(MarksEntry {
-                file: entry(dir, &Split::Train.marks_name(number), &bytes),
-                documents,
-                targets,
-            }),
+            marks: Some(MarksEntry { file: entry(dir, &Split::Train.marks_name(number), &bytes), documents, targets }),
         });
     }
     let index = Index {
@@ -148,9 +144,8 @@ fn damaged_marks_are_refused_by_name() {
     };
     let refused = |said: &str| {
         let mut marks = Marks::default();
-        let read = |data: Dataset, marks: &mut Marks| {
-            (0..2).try_for_each(|row| data.read_marks(Split::Train, row, 4, marks))
-        };
+        let read =
+            |data: Dataset, marks: &mut Marks| (0..2).try_for_each(|row| data.read_marks(Split::Train, row, 4, marks));
         let error = Dataset::open(dir.path()).and_then(|data| read(data, &mut marks)).unwrap_err();
         assert_eq!(error.kind(), Kind::Data);
         let text = error.to_string();
@@ -199,10 +194,7 @@ fn a_hostile_index_of_format_2_is_refused() {
     let good = String::from_utf8(index.to_bytes()).unwrap();
     assert_eq!(Index::parse(good.as_bytes(), "x").unwrap(), index);
     let names: Vec<&str> = index.files().map(|file| file.file.as_str()).collect();
-    assert_eq!(
-        names,
-        ["tokenizer.json", "chat_template.jinja", "config.json", "train-00000.bin", "train-00000.marks"]
-    );
+    assert_eq!(names, ["tokenizer.json", "chat_template.jinja", "config.json", "train-00000.bin", "train-00000.marks"]);
     for (from, to) in [
         ("\"format\": 2", "\"format\": 1"),
         ("\"format\": 2", "\"format\": 3"),

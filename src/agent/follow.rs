@@ -17,7 +17,7 @@ use tokio::{sync::mpsc, time::Instant};
 use super::{
     drain::timeline::Signals,
     effects::{self, Answers, Order},
-    finish::{self, Ordered},
+    finish::{self, FINISHING, Ordered},
     generation::Plan,
     group::{NoticeOfMember, ToLeader, ToMember},
     node::{Node, Part},
@@ -40,9 +40,6 @@ use crate::{
 const EXITING: Duration = Duration::from_secs(1);
 /// How long a node that was asked to leave, without a deadline, waits for its leader to end the generation.
 const PATIENCE: Duration = Duration::from_secs(600);
-
-/// How long a member may take to finish a save in its lost leader's place: as long as such an upload takes, at most.
-const FINISHING: Duration = Duration::from_secs(120);
 
 /// What the channel brings of the leader.
 #[derive(Debug)]
@@ -73,6 +70,10 @@ pub enum Followed {
         leaving: bool,
         /// A person asked the run to stop: no node goes on.
         ends_the_run: bool,
+        /// The leader hands over, and why.
+        hands_over: Option<String>,
+        /// This node's saves fail, and others' do not: it is left out, and why.
+        unfit: Option<String>,
         /// The last step that this node's workers finished.
         finished: Step,
     },
@@ -112,6 +113,10 @@ struct Follower<'a> {
     signals: Signals,
     /// The last step that this node's workers finished.
     finished: Step,
+    /// The leader hands over, and why.
+    hands_over: Option<String>,
+    /// This node's saves fail, and others' do not.
+    unfit: Option<String>,
     /// Why this machine can't take part: starting again will not help.
     broken: Option<Error>,
 }
@@ -148,6 +153,8 @@ pub async fn run(
         began: Instant::now(),
         signals: Signals::default(),
         finished: start.load.step(),
+        hands_over: None,
+        unfit: None,
         broken: None,
     };
     let followed = loop {
@@ -169,8 +176,9 @@ pub async fn run(
             word = heard.recv() => match word {
                 Some(LeaderHeard::Said(ToMember::Over { dismisses, ends_the_run })) => {
                     let (leaving, finished) = (follower.leaving.is_some(), follower.finished);
+                    let (hands_over, unfit) = (follower.hands_over.take(), follower.unfit.take());
                     follower.end(dismisses).await?;
-                    return Ok(Followed::Over { leaving, ends_the_run, finished });
+                    return Ok(Followed::Over { leaving, ends_the_run, hands_over, unfit, finished });
                 }
                 Some(LeaderHeard::Said(ToMember::Wrong { why })) => {
                     follower.end(false).await?;
@@ -367,6 +375,14 @@ impl Follower<'_> {
             ToMember::GiveUpSave => {
                 self.ordered = None;
                 self.node.gives_up_save();
+                None
+            }
+            ToMember::Unfit { why } => {
+                self.unfit = Some(why);
+                None
+            }
+            ToMember::HandsOver { why } => {
+                self.hands_over = Some(why);
                 None
             }
             ToMember::Over { .. } | ToMember::Wrong { .. } => None,

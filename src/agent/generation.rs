@@ -25,6 +25,7 @@ use super::{
     node::Node,
     phase::{Event, Loading, Settings, StateMachine},
     save::{
+        fault::Group,
         slots::Slots,
         upload::{self, SaveEvent},
     },
@@ -198,6 +199,8 @@ pub struct Members {
     pub parted: Vec<(NodeId, String)>,
     /// The states of the ranks were not the same: what differed.
     pub differed: Option<String>,
+    /// This node led it, and its saves fail: another one leads better.
+    pub hands_over: Option<String>,
 }
 
 impl Members {
@@ -250,12 +253,16 @@ pub async fn run(
         seats: Seats::new(start.upload.node.clone(), start.upload.ranks, others),
         doubted: start.doubted,
     };
+    let group = company.as_ref().map(|company| {
+        let leader = start.upload.node.clone();
+        Group { leader, members: start.upload.members.iter().cloned().collect(), min: company.min }
+    });
     let (others, mut company, saves) = match company {
-        Some(Company { others, to, heard, saves }) => (Others::of(others, to), Some(heard), Some(saves)),
+        Some(Company { others, to, heard, saves, min: _ }) => (Others::of(others, to), Some(heard), Some(saves)),
         None => (Others::none(), None, None),
     };
     let mut machine = StateMachine::new(settings, *estimates, Loading::new(start.upload.ranks.world, incoming));
-    let mut lead = Lead::begin(&start, began, node, others, reporter, senders);
+    let mut lead = Lead::begin(&start, began, node, (others, group), reporter, senders);
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = 'generation: loop {
@@ -277,9 +284,15 @@ pub async fn run(
             if let (Event::Save(SaveEvent::Ended { result: Ok(_), .. }), Some(saves)) = (&event, &saves) {
                 let _ = saves.send(());
             }
+            let ended = lead.judge(&event, machine.trains());
             match lead.perform(machine.handle(event, began.elapsed())) {
                 ControlFlow::Continue(answers) => events.extend(answers),
                 ControlFlow::Break(end) => break 'generation end,
+            }
+            events.extend(ended);
+            if let Some(why) = lead.hands_over() {
+                let step = machine.finished().unwrap_or_else(|| start.load.step());
+                break 'generation Ok(End::Died { step, reason: why.to_owned() });
             }
         }
     };
@@ -289,7 +302,7 @@ pub async fn run(
     if let Some(open) = lead.end(&end, left.members.ends_the_run).await? {
         (left.leaving, left.retention) = (open.leaving, open.retention);
     }
-    if matches!(end, Ok(End::Died { .. })) && company.is_some() && left.members.parted.is_empty() {
+    if matches!(end, Ok(End::Died { .. })) && company.is_some() && left.members.parted.is_empty() && left.members.hands_over.is_none() {
         let word = tokio::time::timeout(SAME_LOSS, next_word(&mut company)).await;
         if let Ok(Heard::Parted(node, why)) = word {
             left.members.parted.push((node, why));

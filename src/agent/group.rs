@@ -16,7 +16,7 @@
 //! | `lay_out` | `built`: the state of its workers, once; `laid_out` |
 //! | | `fetched`: the state to load is there, or can't be had |
 //! | `put`: its part of a save | `put`: bytes on their way; the receipt, or why there is none |
-//! | `give_up_save`, `kill`, `wrong`, `over` | `notice`: it was told to leave; `failed`: it can't obey |
+//! | `give_up_save`, `kill`, `wrong`, `unfit`, `hands_over`, `over` | `notice`: it was told to leave; `failed`: it can't obey |
 //!
 //! # Invariants
 //! - A save ends when it has ended on every node; a member that is lost has ended its part, without a receipt unless
@@ -87,6 +87,16 @@ pub enum ToMember {
     Kill,
     /// Its machine computes or remembers wrongly: it ends, and does not come back.
     Wrong {
+        /// What was found.
+        why: String,
+    },
+    /// Its saves fail, and others' do not: it is no member of the next generation.
+    Unfit {
+        /// What was found.
+        why: String,
+    },
+    /// The leader's own saves fail, and others' do not: another one leads the next generation.
+    HandsOver {
         /// What was found.
         why: String,
     },
@@ -204,6 +214,8 @@ pub struct Company {
     pub heard: mpsc::UnboundedReceiver<Heard>,
     /// Hears of each save that is committed.
     pub saves: mpsc::UnboundedSender<()>,
+    /// Nodes without which nothing is trained.
+    pub min: usize,
 }
 
 /// Answers that every node gives once.
@@ -289,6 +301,28 @@ impl Others {
             // The generation ends, whatever becomes of its ranks.
             let _ = self.part(node, why);
         }
+    }
+
+    /// Members whose saves fail are left out by name, and hear why. As events of the generation.
+    pub fn leave_out_unfit(&mut self, nodes: impl IntoIterator<Item = (NodeId, String)>) -> Vec<Event> {
+        let mut events = Vec::new();
+        for (node, why) in nodes {
+            if let Some(to) = self.to.as_ref().filter(|_| self.ranks.contains_key(&node)) {
+                let _ = to.send((node.clone(), ToMember::Unfit { why: why.clone() }));
+            }
+            events.extend(self.part(&node, &why));
+        }
+        events
+    }
+
+    /// The leader hands over: every member hears why.
+    pub fn hands_over(&self, why: &str) {
+        self.send(&ToMember::HandsOver { why: why.to_owned() });
+    }
+
+    /// Whether a member is lost.
+    pub fn has_lost(&self) -> bool {
+        !self.parted.is_empty()
     }
 
     fn send(&self, message: &ToMember) {

@@ -28,11 +28,11 @@ pub const FINISHING: Duration = Duration::from_secs(120);
 /// A save that usually takes longer than half of that has this many times its usual time.
 const USUAL_TIMES: f64 = 2.0;
 
-/// How long all nodes wait for a save of this many bytes on their way out of a generation.
-pub fn limit(estimates: &Estimates, bytes: u64) -> Duration {
+/// How long all nodes wait for a save of this many bytes on their way out of a generation; `least`: [`FINISHING`].
+pub fn limit(least: Duration, estimates: &Estimates, bytes: u64) -> Duration {
     let usual = estimates.upload(bytes).map(|usual| usual.high * USUAL_TIMES);
     let usual = usual.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    usual.map_or(FINISHING, |usual| usual.max(FINISHING))
+    usual.map_or(least, |usual| usual.max(least))
 }
 
 /// How long the receipts of other members are waited for: they have noticed the loss at most seconds apart.

@@ -16,7 +16,8 @@
 //! | `lay_out` | `built`: the state of its workers, once; `laid_out` |
 //! | | `fetched`: the state to load is there, or can't be had |
 //! | `put`: its part of a save | `put`: bytes on their way; the receipt, or why there is none |
-//! | `give_up_save`, `kill`, `wrong`, `unfit`, `hands_over`, `over` | `notice`: it was told to leave; `failed`: it can't obey |
+//! | `give_up_save`, `kill`, `wrong` | `notice`: it was told to leave; `failed`: it can't obey |
+//! | `unfit`, `hands_over`, `over` | `blamed`: it leaves when the generation is over |
 //!
 //! # Invariants
 //! - A save ends when it has ended on every node; a member that is lost has ended its part, without a receipt unless
@@ -173,6 +174,11 @@ pub enum ToLeader {
     },
     /// It was told to leave.
     Notice(NoticeOfMember),
+    /// Its workers have ended the group again and again: it leaves when this generation is over.
+    Blamed {
+        /// What was found.
+        why: String,
+    },
     /// It can't do what it was asked.
     Failed(String),
 }
@@ -258,6 +264,8 @@ pub struct Others {
     laid_out: Gathered<u64>,
     fetched: Gathered<Fetched>,
     putting: Option<Putting>,
+    /// Those that leave when the generation is over, since their workers end it again and again, and why.
+    blamed: Vec<(NodeId, String)>,
     /// Those whose workers have built their state.
     built: BTreeSet<NodeId>,
 }
@@ -282,6 +290,7 @@ impl Others {
             laid_out: Gathered::new(),
             fetched: Gathered::new(),
             putting: None,
+            blamed: Vec::new(),
             built: BTreeSet::new(),
         }
     }
@@ -394,7 +403,7 @@ impl Others {
     /// What has become of them.
     pub fn tells(&self, members: &mut Members) {
         members.leaving = self.leaving.iter().cloned().collect();
-        members.parted = self.parted.clone();
+        members.parted = self.parted.iter().chain(&self.blamed).cloned().collect();
     }
 
     /// What has come from a member, as events of the generation.
@@ -465,6 +474,11 @@ impl Others {
             ToLeader::Notice(notice) => {
                 self.leaving.insert(node.clone());
                 vec![Event::Notice(notice.here(node))]
+            }
+            // Its agent lives on, and still puts its part of a save.
+            ToLeader::Blamed { why } => {
+                self.blamed.push((node.clone(), why));
+                Vec::new()
             }
             ToLeader::Failed(why) => self.part(node, &why),
         }

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    effects::{Effect, Effects, Log, Senders},
+    effects::{Effect, Effects, Log, Order, Senders},
     fence,
     finish::Whole,
     generation::{End, Left, Members, Plan},
@@ -93,6 +93,10 @@ pub struct Lead<'a> {
     tally: Tally,
     /// This node's saves fail, and others' do not.
     hands_over: Option<String>,
+    /// This node's workers have ended the group again and again: it leaves.
+    blamed: Option<String>,
+    /// The workers were killed.
+    killed: bool,
     reporter: &'a Reporter,
     retention: Retention,
     /// The look at the journal, if one is under way.
@@ -125,6 +129,8 @@ impl<'a> Lead<'a> {
             group,
             tally: Tally::default(),
             hands_over: None,
+            blamed: None,
+            killed: false,
             reporter,
             retention,
             looking,
@@ -197,6 +203,16 @@ impl<'a> Lead<'a> {
         }
     }
 
+    /// This node leaves when the generation is over.
+    pub fn is_blamed(&mut self, why: String) {
+        self.blamed = Some(why);
+    }
+
+    /// Whether the workers were killed.
+    pub const fn has_killed(&self) -> bool {
+        self.killed
+    }
+
     /// Why this node hands over, if it does.
     pub fn hands_over(&self) -> Option<&str> {
         self.hands_over.as_deref()
@@ -231,6 +247,7 @@ impl<'a> Lead<'a> {
     fn perform_one(&mut self, effect: Effect) -> Option<Event> {
         match effect {
             Effect::Nodes(order) => {
+                self.killed |= matches!(order, Order::Kill);
                 self.others.order(&order);
                 return self.node.perform(order).and_then(|answer| self.others.own(answer));
             }
@@ -322,7 +339,7 @@ impl<'a> Lead<'a> {
     /// What has become of the other nodes.
     pub fn tells(&self, members: &mut Members) {
         self.others.tells(members);
-        members.hands_over = self.hands_over.clone();
+        (members.hands_over, members.blamed) = (self.hands_over.clone(), self.blamed.clone());
     }
 
     /// Ends all work under way. Waits until the workers are gone, unless something is more urgent: then the rest is
@@ -340,6 +357,9 @@ impl<'a> Lead<'a> {
             let written = async { while self.notes.join_next().await.is_some() {} };
             let _ = tokio::time::timeout(NOTED, written).await;
             self.notes.shutdown().await;
+        }
+        if let Some(why) = &self.blamed {
+            self.others.hands_over(why);
         }
         self.others.over(parting.dismisses, ends_the_run);
         let gone = self.node.ends_workers(parting.dismisses);

@@ -121,7 +121,7 @@ mod loading;
 mod salvage;
 mod training;
 
-use std::{net::IpAddr, ops::ControlFlow};
+use std::{net::IpAddr, ops::ControlFlow, time::Duration};
 
 pub use self::{
     draining::Draining,
@@ -201,6 +201,8 @@ pub struct Settings {
     pub seats: Seats,
     /// The generation before this one has ended because the states of its ranks differed.
     pub doubted: bool,
+    /// How long a save may take, at least, to be finished on the way out.
+    pub finishing: Duration,
 }
 
 /// A generation's state. Each phase owns the data that is valid in it alone.

@@ -107,9 +107,10 @@ impl Salvage {
 
     /// `Some`: other nodes have waited for long enough, this many seconds.
     fn is_overdue(&self, turn: &Turn<'_>) -> Option<u64> {
-        let limit = finish::limit(&turn.shared.estimates, self.training.bytes());
+        let settings = &turn.shared.settings;
+        let limit = finish::limit(settings.finishing, &turn.shared.estimates, self.training.bytes());
         let waited = turn.now.saturating_sub(self.since);
-        (turn.shared.settings.seats.are_several() && waited >= limit).then_some(waited.as_secs())
+        (settings.seats.are_several() && waited >= limit).then_some(waited.as_secs())
     }
 
     fn end(self) -> Result<End> {

@@ -112,6 +112,7 @@ fn settings(load: Load) -> Settings {
         store_host,
         seats: Seats::new(node("leader"), ranks(0), &[(node("member"), ranks(1))]),
         doubted: false,
+        finishing: crate::agent::finish::FINISHING,
     }
 }
 
@@ -418,11 +419,11 @@ fn a_group_that_has_lost_a_worker_waits_for_a_save_no_longer_than_such_a_save_ta
     rig.feed_all((13..=20).flat_map(|step| RANKS.map(|rank| finished(rank, step))));
     rig.feed_all(RANKS.map(|rank| captured(rank, 20, 1)));
     let _ = rig.feed(exited());
-    assert!(list(&rig.pass(100.0).feed(saved(10, 0))).contains("upload 20"));
-    assert_eq!(ended(&rig.pass(100.0).feed(Event::Tick)), None);
+    assert!(list(&rig.pass(20.0).feed(saved(10, 0))).contains("upload 20"));
+    assert_eq!(ended(&rig.pass(110.0).feed(Event::Tick)), None);
     // A failure is no commit.
     assert!(list(&rig.feed(save_failed(20, 1))).contains("upload 20"));
-    assert!(list(&rig.pass(20.5).feed(Event::Tick)).ends_with("give up the save"));
+    assert!(list(&rig.pass(10.5).feed(Event::Tick)).ends_with("give up the save"));
 }
 
 #[test]

@@ -78,8 +78,7 @@ mod tests {
         assert_eq!(end(false, 1, 1 << 40, Wait::BOOT), Ending::Wait(None));
         assert_eq!(end(false, 1, 599, Wait::RUN), Ending::Wait(Some(Duration::from_secs(1))));
         assert_eq!(end(false, 1, 600, Wait::RUN), Ending::Leave);
-        let (_, why) =
-            give_up(Present { leads: false, nodes: 1 }, Duration::from_secs(700), BOUNDS, Wait::RUN);
+        let (_, why) = give_up(Present { leads: false, nodes: 1 }, Duration::from_secs(700), BOUNDS, Wait::RUN);
         assert_eq!(why, "1 of at least 2 nodes are here after 600 s");
     }
 }

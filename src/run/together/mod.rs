@@ -39,6 +39,7 @@ use self::{
 use super::{Outcome, Runner, Seating, Story, launch::OnComplete, or_notice, parting, told_to_leave};
 use crate::{
     agent::{
+        blame::{self, Blame},
         follow::{self, Followed, Leader},
         generation::{self, End, Left, Load, Stopped},
         group::{Company, ToLeader, ToMember},
@@ -94,6 +95,8 @@ struct Memory {
     gone: BTreeMap<NodeId, (FormedReason, String)>,
     /// Of a node whose saves failed.
     trial: Trial,
+    /// How this node's own workers have died.
+    blame: Blame,
 }
 
 impl Runner {
@@ -172,6 +175,7 @@ impl Runner {
             },
             gone: BTreeMap::new(),
             trial: Trial::default(),
+            blame: Blame::default(),
         };
         let reporter = self.reporter.clone();
         let Some(seated) = or_notice(notices, &reporter, self.take_a_seat()).await else {
@@ -459,6 +463,8 @@ impl Runner {
             self.estimates.seed(&newest.committed);
         }
         let mut left = Left::default();
+        memory.blame.begins(seating.others.len() >= min);
+        left.members.blame = std::mem::take(&mut memory.blame);
         let (slots, estimates) = (&mut self.slots, &mut self.estimates);
         let ended = generation::run(plan, Some(company), slots, estimates, notices, &self.reporter, &mut left).await;
         // The last words to the members are on their way once this has ended.
@@ -478,6 +484,7 @@ impl Runner {
     ) -> Result<After> {
         let members = std::mem::take(&mut left.members);
         memory.story.differed = members.differed;
+        memory.blame = members.blame;
         let leaving =
             members.leaving.into_iter().map(|node| (node, (FormedReason::NodeLeft, "was told to leave".to_owned())));
         memory.gone.extend(leaving);
@@ -510,6 +517,8 @@ impl Runner {
                 Ok(After::Again)
             }
             Ok(End::Diverged { step, reason }) => Err(self.diverged(generation, step, &reason).await),
+            // The others have heard it, and one of them forms the next generation.
+            Ok(End::Died { .. }) if members.blamed.is_some() => Err(blame::leaves(&members.blamed.unwrap_or_default())),
             Ok(End::Died { step, .. }) if members.hands_over.is_some() => {
                 memory.story.finished = Some(step);
                 self.from = None;
@@ -604,7 +613,8 @@ impl Runner {
         let post = tokio::spawn(post(sent, move |words| links.send(&leader, generation, Words::ToLeader(words))));
         let plan = self.plan(generation, &load, Instant::now(), &seating, false);
         let leader = Leader { to, heard };
-        let followed = follow::run(plan, leader, &mut self.slots, notices, &reporter).await;
+        memory.blame.begins(seating.others.len() >= usize::try_from(self.options.nodes.min).unwrap_or(usize::MAX));
+        let followed = follow::run(plan, leader, &mut self.slots, notices, &reporter, &mut memory.blame).await;
         let _ = post.await;
         let (outcome, step) = match followed? {
             Followed::Over { leaving: false, ends_the_run: false, hands_over, unfit, finished } => {

@@ -43,6 +43,11 @@ impl Seats {
         Self { me, nodes }
     }
 
+    /// Whether the generation has several nodes.
+    pub fn are_several(&self) -> bool {
+        self.nodes.len() > 1
+    }
+
     fn of(&self, rank: Rank) -> Option<&NodeId> {
         self.nodes.iter().find(|(_, ranks)| ranks.local(rank).is_some()).map(|(node, _)| node)
     }

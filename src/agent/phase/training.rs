@@ -90,6 +90,11 @@ impl Training {
         }
     }
 
+    /// Bytes of one save's shards.
+    pub(super) const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     pub(super) fn handle(mut self, event: Event, turn: &mut Turn<'_>) -> Flow<Phase> {
         let stage = Stage::Training;
         match event {

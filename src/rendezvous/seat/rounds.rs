@@ -13,7 +13,6 @@ use crate::{
     ids::{Generation, NodeId},
     rendezvous::policy::{
         Roster,
-        ending::{Ending, Present, Wait, give_up},
         roster::{Answers, Candidate, Composed, Formation, Why, compose, may_grow},
         succession::{ANSWER, GoOn, Heir, Leader, PROMISE, TakeOver},
     },
@@ -318,17 +317,9 @@ impl<R: Rules> Seat<R> {
         }
     }
 
-    pub(super) fn saved(&mut self, ok: bool) {
-        if ok {
-            self.failed_saves = 0;
-            return self.grow();
-        }
-        self.failed_saves = self.failed_saves.saturating_add(1);
-        let nodes = u32::try_from(self.nodes()).unwrap_or(u32::MAX);
-        let view = Present { leads: self.phase == Phase::Leader, nodes, failed_saves: self.failed_saves };
-        let (ending, why) = give_up(view, Duration::ZERO, self.bounds, Wait::BOOT);
-        if ending == Ending::HandOver {
-            // It comes back as another node when it reaches the store.
+    /// It comes back as another node when it reaches the store.
+    pub(super) fn hand_over(&mut self, why: String) {
+        if self.phase == Phase::Leader && self.open().is_some() {
             self.reason("hands over", why);
             self.over();
             self.leave(Output::HandOver);
@@ -336,7 +327,7 @@ impl<R: Rules> Seat<R> {
     }
 
     /// After a commit, nodes that wait may join.
-    fn grow(&mut self) {
+    pub(super) fn grow(&mut self) {
         let Some(roster) = self.open().filter(|_| self.phase == Phase::Leader) else { return };
         let room = roster.members.len() < usize::try_from(self.bounds.max).unwrap_or(usize::MAX);
         let idle = !self.busy && self.broken.is_none() && self.round.is_none() && !self.appending;

@@ -80,7 +80,7 @@ pub enum Call {
     Wait,
     /// A newer generation stands without this node.
     LeftOut,
-    /// This node's saves fail too often: another one leads better.
+    /// This node's saves fail: another one leads better.
     HandOver,
 }
 
@@ -108,6 +108,10 @@ pub enum Tell {
     Appended(Option<bool>),
     /// A save of the generation that this node leads is committed.
     Saved,
+    /// How many saves in a row failed because of this node; 0: it is trusted again.
+    Fails(u32),
+    /// This node leads, and another one leads better; answered by [`Call::HandOver`] if it still leads.
+    HandOver(String),
     /// From now on messages of this generation go there.
     Route(Route),
     /// The generation is over for this node, and its workers are gone.
@@ -432,7 +436,9 @@ impl Work {
                 self.give(Input::Appended { stands });
                 self.give(Input::Journal(Vec::new()));
             }
-            Tell::Saved => self.give(Input::Saved { ok: true }),
+            Tell::Saved => self.give(Input::Saved),
+            Tell::Fails(saves) => self.give(Input::Fails { saves }),
+            Tell::HandOver(why) => self.give(Input::HandOver { why }),
             Tell::Route(route) => {
                 let generation = route.generation();
                 self.taken = generation;

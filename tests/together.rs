@@ -6,6 +6,7 @@
 pub mod faults;
 mod leaving;
 mod memory;
+mod slots;
 mod store;
 mod words;
 

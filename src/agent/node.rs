@@ -87,7 +87,7 @@ impl<'a> Node<'a> {
     }
 
     /// Starts fetching the state to load, while the workers start; `done` hears of its end. A state held by a slot is
-    /// already there.
+    /// already there; in a group `done` hears of that, too.
     pub fn load(&mut self, done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>) -> Result<Incoming> {
         let incoming = self.begin_loading(done)?;
         if let Some(wanted) = self.wanted() {
@@ -109,7 +109,13 @@ impl<'a> Node<'a> {
             Load::Nothing => return Ok(Incoming::Nothing),
             Load::Checkpoint { from: Source::Slot { slot, files }, .. } => {
                 let bytes = files.iter().map(|(_, len)| len).sum();
-                return Ok(Incoming::Here(*slot, files.clone(), Fetched { bytes, stored: 0, lent: 0, seconds: 0.0 }));
+                let fetched = Fetched { bytes, stored: 0, lent: 0, seconds: 0.0 };
+                if self.wanted().is_none() {
+                    return Ok(Incoming::Here(*slot, files.clone(), fetched));
+                }
+                // Others may still fetch: the ranks load when the leader has heard of all nodes.
+                let _ = done.send(Ok(fetched));
+                return Ok(Incoming::UnderWay(*slot, files.clone()));
             }
             Load::Weights { folder, files } => {
                 self.slots.receive(files.clone(), part)?.start(folder.clone(), String::new(), None, done)

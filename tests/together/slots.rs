@@ -11,7 +11,7 @@ use super::{
     in_order_of_the_roster, leads, next, three,
 };
 use crate::support::{
-    lab::Lab,
+    lab::{EVERY, Lab},
     proxy::{Fault, FaultProxy, Often, Rule},
     trainer::{Event, Finished, Running},
 };
@@ -131,6 +131,33 @@ fn the_files_of_a_lost_node_are_all_that_the_store_gives() {
     assert_eq!(event.value["store_bytes"], bytes(&lost), "{}", leader.story());
     assert!(event.value["peer_bytes"].as_u64() > Some(0), "{}", leader.story());
     expect_nearly_undisturbed(&[&leader, &second, &third]);
+    expect_sound(&lab);
+}
+
+/// A node that was alone has all files in its slot; one that joins has none of them.
+#[test]
+fn a_node_that_joins_reads_all_files_in_the_others_memory() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(83);
+    create(lab.run(RUN));
+    let held = [EVERY - 1, EVERY + 2].map(|step| format!("worker.step=stop@rank=0@step={step}@hit={step}")).join(",");
+    let one = next(&lab, "1:2").faults(&held).start();
+    one.held();
+    for kind in ["model", "optimizer"] {
+        let target = format!("-g0001/{kind}-").leak();
+        proxy.arm(Rule { method: "GET", target, fault: Fault::Reset, often: Often::Percent(100) });
+    }
+    let two = next(&lab, "1:2").start();
+    one.wait_until_said("waits to join");
+    one.let_go();
+    one.wait_for("the word to form anew", |event| event.kind() == "notice");
+    one.let_go();
+    one.wait_for("what was saved", |event| event.kind() == "restored");
+    proxy.disarm();
+    let [one, two] = [one, two].map(|node| node.finish().expect_code(0));
+    let event = one.last("restored");
+    assert_eq!((event.value["from"].as_str(), event.value["store_bytes"].as_u64()), (Some("memory"), Some(0)));
+    assert_eq!(event.value["peer_bytes"], event.value["bytes"], "{}", one.story());
+    expect_nearly_undisturbed(&[&one, &two]);
     expect_sound(&lab);
 }
 

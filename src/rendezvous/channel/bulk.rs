@@ -272,10 +272,11 @@ impl Reader {
             let tls = tls::connector(&me.identity, &peer.key, &[NAME]);
             let tls = tls.map_err(|error| End::Protocol(error.to_string()))?;
             let stream = tls.connect(tls::name(address), tcp).await;
-            let mut stream: TlsStream<_> = stream.map_err(|error| match end::tls(&error) {
+            let stream = stream.map_err(|error| match end::tls(&error) {
                 Some(rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol)) => NotLent::Unknown,
                 _ => dial::refused(&error, address).into(),
             })?;
+            let mut stream = TlsStream::from(stream);
             if stream.get_ref().1.alpn_protocol() != Some(NAME) {
                 return Err(NotLent::Unknown);
             }

@@ -7,6 +7,7 @@ pub mod faults;
 mod leads;
 mod leaving;
 mod memory;
+mod slots;
 mod store;
 mod words;
 

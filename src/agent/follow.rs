@@ -301,8 +301,8 @@ impl Follower<'_> {
                     said.push(event);
                 }
                 Event::Fetched(Ok(fetched)) => {
-                    let Fetched { bytes, stored, seconds } = fetched;
-                    self.say(ToLeader::Fetched { bytes, stored, seconds });
+                    let Fetched { bytes, stored, lent, seconds } = fetched;
+                    self.say(ToLeader::Fetched { bytes, stored, lent, seconds });
                 }
                 Event::Fetched(Err(error)) => self.say(ToLeader::NotFetched { why: error.to_string() }),
                 Event::Lost(error) => self.say(ToLeader::Failed(error.to_string())),

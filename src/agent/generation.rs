@@ -27,6 +27,7 @@ use super::{
     node::Node,
     phase::{Event, Loading, Settings, StateMachine},
     save::{
+        borrow::Neighbours,
         fault::Group,
         slots::Slots,
         upload::{self, SaveEvent},
@@ -74,6 +75,8 @@ pub struct Plan {
     /// Each file of a checkpoint comes from the nearest place. A node that is alone has all of them in one slot, or
     /// reads the store.
     pub nearest: bool,
+    /// The nodes whose memory may have files of it; `None`: there are none.
+    pub neighbours: Option<Neighbours>,
     /// Where rank 0 serves the ranks' store; port 0: one of the kernel's choice.
     pub store: SocketAddr,
     /// What workers are told of their collectives.

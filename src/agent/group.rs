@@ -150,6 +150,8 @@ pub enum ToLeader {
         bytes: u64,
         /// Those of them that came from the store.
         stored: u64,
+        /// Those of them that came from the memory of other nodes.
+        lent: u64,
         /// The time it took.
         seconds: f64,
     },
@@ -373,9 +375,10 @@ impl Others {
     fn all_fetched(&self) -> Option<Event> {
         let all = self.fetched.whole(self.ranks.len())?;
         let most = |of: fn(&Fetched) -> u64| all.iter().map(of).max().unwrap_or(0);
-        let (bytes, stored) = (most(|fetched| fetched.bytes), most(|fetched| fetched.stored));
+        let [bytes, stored, lent] =
+            [|it: &Fetched| it.bytes, |it: &Fetched| it.stored, |it: &Fetched| it.lent].map(most);
         let seconds = all.iter().map(|fetched| fetched.seconds).fold(0.0, f64::max);
-        Some(Event::Fetched(Ok(Fetched { bytes, stored, seconds })))
+        Some(Event::Fetched(Ok(Fetched { bytes, stored, lent, seconds })))
     }
 
     /// The other nodes put their parts of a save too. An error: a member is lost, so this save can't be whole.
@@ -451,8 +454,8 @@ impl Others {
                 self.laid_out.others.insert(node.clone(), bytes);
                 self.all_laid_out().into_iter().collect()
             }
-            ToLeader::Fetched { bytes, stored, seconds } => {
-                self.fetched.others.insert(node.clone(), Fetched { bytes, stored, seconds });
+            ToLeader::Fetched { bytes, stored, lent, seconds } => {
+                self.fetched.others.insert(node.clone(), Fetched { bytes, stored, lent, seconds });
                 self.all_fetched().into_iter().collect()
             }
             // Its disk, its memory or its way to the store: damage in the store itself is found by the leader, too.
@@ -604,7 +607,7 @@ mod tests {
     fn a_node_that_is_alone_waits_for_nobody() {
         let mut others = Others::none();
         assert!(matches!(others.own(Event::LaidOut { bytes: 7 }), Some(Event::LaidOut { bytes: 7 })));
-        let fetched = Fetched { bytes: 9, stored: 9, seconds: 0.5 };
+        let fetched = Fetched { bytes: 9, stored: 9, lent: 0, seconds: 0.5 };
         assert!(matches!(others.own(Event::Fetched(Ok(fetched))), Some(Event::Fetched(Ok(Fetched { bytes: 9, .. })))));
         assert!(matches!(others.own(Event::Tick), Some(Event::Tick)));
         assert!(others.late().is_empty() && !others.abandons_save(&id("me")));
@@ -617,11 +620,11 @@ mod tests {
         assert!(rig.others.own(Event::LaidOut { bytes: 1 }).is_none());
         assert!(rig.says("a", ToLeader::LaidOut { bytes: 20 }).is_empty(), "said twice, it is one answer");
         assert!(matches!(rig.says("b", ToLeader::LaidOut { bytes: 300 })[..], [Event::LaidOut { bytes: 321 }]));
-        assert!(rig.says("b", ToLeader::Fetched { bytes: 50, stored: 20, seconds: 3.0 }).is_empty());
-        assert!(rig.says("a", ToLeader::Fetched { bytes: 50, stored: 30, seconds: 2.0 }).is_empty());
-        let whole = rig.others.own(Event::Fetched(Ok(Fetched { bytes: 50, stored: 0, seconds: 1.0 })));
+        assert!(rig.says("b", ToLeader::Fetched { bytes: 50, stored: 20, lent: 9, seconds: 3.0 }).is_empty());
+        assert!(rig.says("a", ToLeader::Fetched { bytes: 50, stored: 30, lent: 4, seconds: 2.0 }).is_empty());
+        let whole = rig.others.own(Event::Fetched(Ok(Fetched { bytes: 50, stored: 0, lent: 0, seconds: 1.0 })));
         assert!(
-            matches!(whole, Some(Event::Fetched(Ok(Fetched { bytes: 50, stored: 30, seconds: 3.0 })))),
+            matches!(whole, Some(Event::Fetched(Ok(Fetched { bytes: 50, stored: 30, lent: 9, seconds: 3.0 })))),
             "{whole:?}"
         );
     }

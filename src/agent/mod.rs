@@ -47,5 +47,5 @@ mod workers;
 
 pub(crate) use self::{
     drain::estimate::Estimates,
-    save::{slots::Slots, upload},
+    save::{borrow::Neighbours, shelf, slots::Slots, upload},
 };

@@ -24,7 +24,7 @@ use super::{
     generation::{Load, Plan, Source},
     phase::{Event, Incoming},
     save::{
-        gather::{Fetched, Fetching},
+        gather::{Fetch, Fetched, Fetching},
         put::{self, Put},
         slots::Slots,
         upload,
@@ -37,6 +37,7 @@ use crate::{
     error::Result,
     ids::{AttemptId, Step},
     protocol::ToWorker,
+    rendezvous::channel::bulk::Wanted,
     snapshot::plan::TensorSpec,
     storage::Priority,
 };
@@ -86,14 +87,35 @@ impl<'a> Node<'a> {
     }
 
     /// Starts fetching the state to load, while the workers start; `done` hears of its end. A state held by a slot is
-    /// already there.
+    /// already there; in a group `done` hears of that, too.
     pub fn load(&mut self, done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>) -> Result<Incoming> {
+        let incoming = self.begin_loading(done)?;
+        if let Some(wanted) = self.wanted() {
+            self.slots.lend(wanted, self.start.upload.members.iter().cloned().collect())?;
+        }
+        Ok(incoming)
+    }
+
+    /// What this generation's nodes read from each other; `None`: it is alone.
+    fn wanted(&self) -> Option<Wanted> {
+        let Load::Checkpoint { step, generation: of, .. } = self.start.load else { return None };
+        let generation = self.start.upload.generation;
+        (self.start.upload.members.len() > 1).then_some(Wanted { generation, step, of })
+    }
+
+    fn begin_loading(&mut self, done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>) -> Result<Incoming> {
         let part = u64::from(self.start.config.storage.part_mib) << 20;
         self.fetching = match &self.start.load {
             Load::Nothing => return Ok(Incoming::Nothing),
             Load::Checkpoint { from: Source::Slot { slot, files }, .. } => {
                 let bytes = files.iter().map(|(_, len)| len).sum();
-                return Ok(Incoming::Here(*slot, files.clone(), Fetched { bytes, stored: 0, seconds: 0.0 }));
+                let fetched = Fetched { bytes, stored: 0, lent: 0, seconds: 0.0 };
+                if self.wanted().is_none() {
+                    return Ok(Incoming::Here(*slot, files.clone(), fetched));
+                }
+                // Others may still fetch: the ranks load when the leader has heard of all nodes.
+                let _ = done.send(Ok(fetched));
+                return Ok(Incoming::UnderWay(*slot, files.clone()));
             }
             Load::Weights { folder, files } => {
                 self.slots.receive(files.clone(), part)?.start(folder.clone(), String::new(), None, done)
@@ -102,7 +124,8 @@ impl<'a> Node<'a> {
                 let run = self.start.upload.run.clone();
                 if self.start.nearest {
                     let fetch = self.slots.receive_beside(*step, *generation, files.clone(), part)?;
-                    fetch.start(run, folder.clone(), Some(*step), done)
+                    let neighbours = self.start.neighbours.clone().zip(self.wanted());
+                    Fetch { neighbours, ..fetch }.start(run, folder.clone(), Some(*step), done)
                 } else {
                     self.slots.receive(files.clone(), part)?.start(run, folder.clone(), None, done)
                 }
@@ -121,6 +144,8 @@ impl<'a> Node<'a> {
             }
             Order::LayOut(tensors) => return Some(self.lay_out(&tensors).unwrap_or_else(Event::Lost)),
             Order::Received => {
+                // All members have it, and captures are next.
+                self.slots.stop_lending();
                 if let Load::Checkpoint { step, generation, from: Source::Store { files, .. } } = &self.start.load {
                     let Fetching { slot, places, .. } = &self.fetching;
                     self.slots.received(*step, *generation, *slot, places, files);

@@ -48,6 +48,11 @@ impl Seats {
         self.nodes.len() > 1
     }
 
+    /// Whether all ranks are of one node.
+    pub fn are_of_one_node(&self) -> bool {
+        self.nodes.len() == 1
+    }
+
     fn of(&self, rank: Rank) -> Option<&NodeId> {
         self.nodes.iter().find(|(_, ranks)| ranks.local(rank).is_some()).map(|(node, _)| node)
     }

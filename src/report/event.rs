@@ -115,6 +115,12 @@ pub enum Event {
         restore_s: f64,
         /// Where it was read: `store`, or `memory` if snapshot slots still held all of it.
         from: &'static str,
+        /// Of a generation of several nodes: the most bytes that any of them read from other nodes' memory.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        peer_bytes: Option<u64>,
+        /// The same: the most that any of them read from the store.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        store_bytes: Option<u64>,
     },
     /// This machine goes away or is likely to, or this run is asked to stop.
     Notice {

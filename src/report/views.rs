@@ -88,7 +88,7 @@ impl Lines {
                 }
             }
             Event::Standby { node } => info!("waiting: node {} is training this run", human::plain(node)),
-            Event::Restored { step, bytes, fetch_s, restore_s, from } => info!(
+            Event::Restored { step, bytes, fetch_s, restore_s, from, .. } => info!(
                 from,
                 size = %human::bytes(*bytes),
                 fetch = %human::seconds(*fetch_s),

@@ -52,7 +52,7 @@ use self::{
 };
 use crate::{
     agent::{
-        Estimates, Slots,
+        Estimates, Neighbours, Slots,
         generation::{self, End, Left, Load, Plan},
         restart, upload,
     },
@@ -66,6 +66,7 @@ use crate::{
     },
     notice::{self, Notices},
     rendezvous::{
+        channel::{LinkSettings, LocalNode},
         heartbeat::{self, Process, Pulse, Turning},
         policy::{self, Move, View},
     },
@@ -182,6 +183,8 @@ struct Runner {
     pulse: Option<Pulse>,
     /// This machine's network, of a run that may have several nodes: as its command says, whatever other nodes set.
     network: Option<NetworkConfig>,
+    /// This node on the channel, and the limits there, once it has taken a seat.
+    channel: Option<(Arc<LocalNode>, LinkSettings)>,
 }
 
 /// What a command finds to do on this node.
@@ -199,13 +202,15 @@ struct Seating {
     others: Vec<(NodeId, NodeRanks)>,
     /// Where rank 0 serves the ranks' store, if it is this node's.
     store: SocketAddr,
+    /// The others whose memory may have files of the checkpoint that is loaded.
+    neighbours: Option<Neighbours>,
 }
 
 impl Seating {
     /// Of a node that is alone.
     fn alone(node: NodeId, workers: u32) -> Self {
         let store = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0);
-        Self { ranks: NodeRanks::alone(workers), members: vec![node], others: Vec::new(), store }
+        Self { ranks: NodeRanks::alone(workers), members: vec![node], others: Vec::new(), store, neighbours: None }
     }
 }
 
@@ -329,6 +334,7 @@ impl Runner {
             held: None,
             pulse: None,
             network: None,
+            channel: None,
         })))
     }
 
@@ -602,6 +608,7 @@ impl Runner {
             docket: self.docket.clone(),
             measured: self.measured(),
             nearest: self.is_together(),
+            neighbours: seating.neighbours.clone(),
             store: seating.store,
             collectives: Arc::new(if seating.others.is_empty() {
                 Collectives::default()

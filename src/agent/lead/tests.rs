@@ -86,6 +86,7 @@ impl Stage {
             measured: Measured::NOTHING,
             docket: Docket::default(),
             nearest: false,
+            neighbours: None,
             store: "127.0.0.1:0".parse().unwrap(),
             doubted: false,
             collectives: Arc::default(),
@@ -282,7 +283,7 @@ async fn a_look_at_a_journal_that_is_gone_ends_the_run_unless_it_is_hushed() {
 async fn workers_are_heard_before_saves_and_saves_before_the_rest() {
     let (senders, mut answers) = channels();
     senders.later.send(Event::Retry { slot: 1 }).unwrap();
-    senders.fetched.send(Ok(Fetched { bytes: 1, stored: 1, seconds: 1.0 })).unwrap();
+    senders.fetched.send(Ok(Fetched { bytes: 1, stored: 1, lent: 0, seconds: 1.0 })).unwrap();
     senders.saves.send(SaveEvent::Progress { step: Step(1), bytes: 1 }).unwrap();
     senders.workers.send(WorkerEvent::Exited(Rank(0), "killed".into())).unwrap();
     assert!(matches!(next(&mut answers).await, Event::Worker(_)));

@@ -190,10 +190,15 @@ impl Loading {
             Incoming::Nothing | Incoming::UnderWay(..) => (None, None),
         };
         let is_checkpoint = matches!(load, Load::Checkpoint { .. });
-        if let Some(Fetched { bytes, stored, seconds: fetch_s }) = fetched {
+        if let Some(Fetched { bytes, stored, lent, seconds: fetch_s }) = fetched {
             let restore_s = now.as_secs_f64();
             let from = if stored == 0 { "memory" } else { "store" };
-            turn.reports(report::Event::Restored { step: done, bytes, fetch_s, restore_s, from });
+            // A node that is alone has all of it from one place, which is named already.
+            let is_alone = turn.shared.settings.seats.are_of_one_node();
+            let [peer_bytes, store_bytes] = [lent, stored].map(|bytes| Some(bytes).filter(|_| !is_alone));
+            let restored =
+                report::Event::Restored { step: done, bytes, fetch_s, restore_s, from, peer_bytes, store_bytes };
+            turn.reports(restored);
         }
         // A node that found it in its memory has nothing to do; others of its group may have.
         if is_checkpoint {

@@ -225,7 +225,7 @@ fn failed(permanent: bool) -> Event {
 }
 
 fn fetched() -> Event {
-    Event::Fetched(Ok(Fetched { bytes: BYTES, stored: BYTES, seconds: 1.0 }))
+    Event::Fetched(Ok(Fetched { bytes: BYTES, stored: BYTES, lent: 0, seconds: 1.0 }))
 }
 
 fn report(rank: Rank, step: u64, loss: f64) -> Event {

@@ -1,7 +1,7 @@
 //! A state on its way into a slot: each file from the nearest place that has it.
 //!
-//! The order is this node's own memory (another slot than the one that is filled), then the store. A file counts as
-//! there when its checksum, computed over the bytes in their final place, is the one that its manifest gives. So no
+//! The order is this node's own memory (another slot than the one that is filled), then the memory of other nodes of
+//! the generation ([`super::borrow`]), then the store. A file counts as there when its checksum, computed over the bytes in their final place, is the one that its manifest gives. So no
 //! source is trusted, memory least of all: what it gave wrongly is read again from the store, and says nothing about
 //! the checkpoint. Only the store's own bytes can condemn one.
 //!
@@ -12,12 +12,15 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 use tokio::{sync::mpsc, task::JoinSet};
 
+use super::borrow::{self, Neighbours};
+
 use crate::{
     checkpoint::{
         CheckpointError,
         restore::{self, Piece, RemoteFile},
     },
     ids::Step,
+    rendezvous::channel::bulk::Wanted,
     snapshot::image::ImageChunk,
     storage::{Crc64, Store},
 };
@@ -29,6 +32,8 @@ pub struct Fetched {
     pub bytes: u64,
     /// Those of them that came from the store.
     pub stored: u64,
+    /// Those of them that came from the memory of other nodes.
+    pub lent: u64,
     /// The time it took.
     pub seconds: f64,
 }
@@ -46,6 +51,8 @@ pub struct Fetch {
     pub here: Vec<Option<Bytes>>,
     /// The files.
     pub wanted: Vec<RemoteFile>,
+    /// The nodes that may have what this one lacks, and what they are asked for.
+    pub neighbours: Option<(Neighbours, Wanted)>,
 }
 
 /// A fetch under way; it ends when this is dropped.
@@ -76,50 +83,80 @@ impl Fetch {
         told: Option<Step>,
         done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>,
     ) -> Fetching {
-        let Self { slot, places, pieces, here, wanted } = self;
+        let Self { slot, places, pieces, here, wanted, neighbours } = self;
         let mut fetching = Fetching { slot, places, task: JoinSet::new() };
         fetching.task.spawn(async move {
             let begin = tokio::time::Instant::now();
-            let result = gather(&store, &folder, &wanted, pieces, here).await;
+            let result = gather(&store, &folder, &wanted, pieces, here, neighbours).await;
             let bytes = wanted.iter().map(|file| file.bytes).sum();
             if let (Ok(origins), Some(step)) = (&result, told) {
                 tracing::info!("restored step {step}: {origins}");
             }
-            let fetched = |Origins { stored, .. }| Fetched { bytes, stored, seconds: begin.elapsed().as_secs_f64() };
+            let fetched = |Origins { lent, stored, .. }| Fetched {
+                bytes,
+                stored: stored.bytes,
+                lent: lent.bytes,
+                seconds: begin.elapsed().as_secs_f64(),
+            };
             let _ = done.send(result.map(fetched));
         });
         fetching
     }
 }
 
-/// How many bytes came from where.
+/// What came from one place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Origin {
+    files: u64,
+    bytes: u64,
+}
+
+/// How much came from where.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Origins {
-    here: u64,
-    stored: u64,
+    here: Origin,
+    lent: Origin,
+    stored: Origin,
+}
+
+impl Origin {
+    fn add(&mut self, bytes: u64) {
+        self.files += 1;
+        self.bytes += bytes;
+    }
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.1} MiB", self.bytes as f64 / f64::from(1 << 20))
+    }
 }
 
 impl std::fmt::Display for Origins {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        let Self { here, stored } = *self;
-        write!(f, "{:.1} MiB from memory here, {:.1} MiB from the store", mib(here), mib(stored))
+        let Self { here, lent, stored } = *self;
+        write!(f, "{here} from memory here, {lent} from other nodes' memory, {stored} from the store ")?;
+        write!(f, "({}, {} and {} files)", here.files, lent.files, stored.files)
     }
 }
 
 /// A file that is not there yet, and where its bytes go, in their order.
-struct Lacking<B> {
-    file: RemoteFile,
-    pieces: Vec<(Piece, B)>,
+pub struct Lacking<B> {
+    /// The file.
+    pub file: RemoteFile,
+    /// Its pieces.
+    pub pieces: Vec<(Piece, B)>,
 }
 
-/// Brings `files` into their buffers: each file that `here` has from there, the others from the store.
+/// Brings `files` into their buffers: each file that `here` has from there, others from the nodes that lend them, the
+/// rest from the store.
 async fn gather<B: AsMut<[u8]> + Send + 'static>(
     store: &Store,
     folder: &str,
     files: &[RemoteFile],
     pieces: Vec<(Piece, B)>,
     here: Vec<Option<Bytes>>,
+    neighbours: Option<(Neighbours, Wanted)>,
 ) -> Result<Origins, CheckpointError> {
     let mut lacking: Vec<Lacking<B>> =
         files.iter().map(|file| Lacking { file: file.clone(), pieces: Vec::new() }).collect();
@@ -131,10 +168,12 @@ async fn gather<B: AsMut<[u8]> + Send + 'static>(
     let mut origins = Origins::default();
     let mut left = Vec::new();
     let mut here = here.into_iter();
+    let asking =
+        neighbours.map(|(neighbours, wanted)| JoinSet::from_iter([async move { neighbours.ask(&wanted).await }]));
     for it in lacking {
         match here.next().flatten() {
             Some(bytes) => match from_here(&bytes, it).await? {
-                None => origins.here += bytes.len() as u64,
+                None => origins.here.add(bytes.len() as u64),
                 Some(it) => {
                     tracing::info!(file = it.file.name, "memory no longer has this file of the checkpoint");
                     left.push(it);
@@ -143,8 +182,18 @@ async fn gather<B: AsMut<[u8]> + Send + 'static>(
             None => left.push(it),
         }
     }
+    if let Some(mut asking) = asking.filter(|_| !left.is_empty()) {
+        let lenders = asking.join_next().await.and_then(Result::ok).unwrap_or_default();
+        let shares = borrow::divide(lenders, left);
+        shares.left.iter().for_each(|it| origins.stored.add(it.file.bytes));
+        // What nobody lends is read in the store meanwhile.
+        let borrowing = async { Ok(borrow::read(shares.of).await) };
+        let (borrowed, ()) = tokio::try_join!(borrowing, from_store(store, folder, shares.left))?;
+        origins.lent = Origin { files: borrowed.files, bytes: borrowed.bytes };
+        left = borrowed.left;
+    }
     if !left.is_empty() {
-        origins.stored = left.iter().map(|it| it.file.bytes).sum();
+        left.iter().for_each(|it| origins.stored.add(it.file.bytes));
         from_store(store, folder, left).await?;
     }
     Ok(origins)

@@ -19,6 +19,10 @@
 //! checkpoint: nothing overwrites what it is made from. So in a group each slot may grow to a whole checkpoint, as both
 //! slots of a node that is alone are from the start.
 //!
+//! # Who reads in a slot
+//! The workers that load, uploads, and the other nodes of a generation that loads, through the [`Shelf`]: that ends
+//! before the workers are told to go, since their next capture may be into any slot.
+//!
 //! # Who writes into a slot
 //! The workers of one generation, and tasks of this process that hold an
 //! [`ImageChunk`](image::ImageChunk) of it: the headers' writer, a
@@ -35,11 +39,19 @@
 //! captured, not before, so that a checkpoint fetched into the slot is whole until then. A fetch ends when its
 //! [`Fetching`](super::gather::Fetching) is dropped.
 
-use std::{collections::HashMap, ops::Range, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ops::Range,
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 
-use super::gather::Fetch;
+use super::{
+    gather::Fetch,
+    shelf::{Lent, Shelf},
+};
 use crate::{
     checkpoint::{
         manifest::FileKind,
@@ -47,7 +59,8 @@ use crate::{
         save::Upload,
     },
     error::{Error, Kind, Result},
-    ids::{Generation, NodeRanks, Step},
+    ids::{Generation, NodeId, NodeRanks, Step},
+    rendezvous::channel::bulk::Wanted,
     shortage::Shortage,
     snapshot::{
         image::{self, Mapping, SharedImage},
@@ -142,6 +155,8 @@ struct Layout {
 pub struct Slots {
     slots: [Slot; 2],
     layout: Option<Layout>,
+    /// What other nodes may read of them.
+    shelf: Arc<Shelf>,
 }
 
 fn memory(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
@@ -160,7 +175,7 @@ impl Slots {
     /// Two empty slots.
     pub fn create() -> Result<Self> {
         let [first, second] = NAMES;
-        Ok(Self { slots: [Slot::create(first)?, Slot::create(second)?], layout: None })
+        Ok(Self { slots: [Slot::create(first)?, Slot::create(second)?], layout: None, shelf: Arc::default() })
     }
 
     /// The slots' memory, to be inherited by workers.
@@ -168,8 +183,34 @@ impl Slots {
         [&self.slots[0].image, &self.slots[1].image]
     }
 
+    /// What other nodes may read of them.
+    pub fn shelf(&self) -> &Arc<Shelf> {
+        &self.shelf
+    }
+
+    /// From now on these members of a generation may read what the slots hold of the checkpoint that it loads: until
+    /// all of them have it, or the generation ends.
+    pub fn lend(&self, wanted: Wanted, members: BTreeSet<NodeId>) -> Result<()> {
+        let (mut slots, mut files) = (Vec::new(), HashMap::new());
+        for slot in &self.slots {
+            if let Some(held) = slot.holds(wanted.step, wanted.of) {
+                let place = |file: &HeldFile| (file.name.clone(), (slots.len(), file.range.clone()));
+                files.extend(held.files.iter().map(place));
+                slots.push(slot.image.map().map_err(memory("read a snapshot"))?);
+            }
+        }
+        self.shelf.put(Lent { wanted, members, slots, files });
+        Ok(())
+    }
+
+    /// The slots are about to be written: from now on no other node reads them.
+    pub fn stop_lending(&self) {
+        self.shelf.clear();
+    }
+
     /// A generation begins: its workers will report their state's layout. The slots' content stays.
     pub fn begin_generation(&mut self) -> Result<()> {
+        self.stop_lending();
         if self.slots.iter().any(|slot| slot.image.is_lent()) {
             return Err(Error::new(Kind::Bug, "a slot's memory is still in use by an earlier generation"));
         }
@@ -189,6 +230,7 @@ impl Slots {
 
     async fn end_generation_within(&mut self, limit: Duration, workers_are_gone: bool) -> Result<()> {
         self.layout = None;
+        self.stop_lending();
         let quiet = async {
             while self.slots.iter().any(|slot| slot.image.is_lent()) {
                 tokio::time::sleep(LOOK).await;
@@ -245,7 +287,7 @@ impl Slots {
         let ranges: Vec<_> = layout.pieces.iter().map(|p| p.image_offset..p.image_offset + p.len).collect();
         let chunks = image.map().and_then(|mapping| mapping.chunks(&ranges)).map_err(&failed)?;
         let pieces = layout.pieces.into_iter().zip(chunks).collect();
-        Ok(Fetch { slot, places: layout.files, pieces, here: Vec::new(), wanted: files })
+        Ok(Fetch { slot, places: layout.files, pieces, here: Vec::new(), wanted: files, neighbours: None })
     }
 
     /// All of `files`, the tensor files of this checkpoint, lie in the slot, verified, at these places.

@@ -30,7 +30,7 @@ where
     let opening = async {
         let tcp = TcpStream::connect(address).await.map_err(|error| failed(&error, address))?;
         tcp::tune(&tcp, settings.silence);
-        let tls = tls::connector(&me.identity, &peer.key).map_err(|error| End::Protocol(error.to_string()))?;
+        let tls = tls::connector(&me.identity, &peer.key, &[]).map_err(|error| End::Protocol(error.to_string()))?;
         let stream = tls.connect(tls::name(address), tcp).await;
         let mut stream: TlsStream<_> = stream.map_err(|error| refused(&error, address))?.into();
         let frames = hello::introduce(&mut stream, &peer.node, me, settings).await?;
@@ -40,7 +40,7 @@ where
 }
 
 /// What a failed connect means.
-fn failed(error: &io::Error, address: SocketAddr) -> End {
+pub(super) fn failed(error: &io::Error, address: SocketAddr) -> End {
     match error.kind() {
         io::ErrorKind::ConnectionRefused => End::Refused(address),
         io::ErrorKind::TimedOut => End::Silent,
@@ -51,7 +51,7 @@ fn failed(error: &io::Error, address: SocketAddr) -> End {
 }
 
 /// What a failed handshake means.
-fn refused(error: &io::Error, address: SocketAddr) -> End {
+pub(super) fn refused(error: &io::Error, address: SocketAddr) -> End {
     match tls::unaccepted(error) {
         Some(_) => End::OtherKey(address),
         None => End::of(error),

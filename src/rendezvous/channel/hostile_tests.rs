@@ -232,7 +232,7 @@ async fn a_recorded_connection_that_is_played_again_is_refused() {
 async fn no_session_is_resumed() {
     let pair = Pair::new(PATIENT).await;
     let address = pair.listener.address();
-    let connector = tls::connector(&pair.guest.identity, pair.host.identity.key()).unwrap();
+    let connector = tls::connector(&pair.guest.identity, pair.host.identity.key(), &[]).unwrap();
     let mut eager = ClientConfig::clone(connector.config());
     eager.resumption = rustls::client::Resumption::in_memory_sessions(8);
     eager.enable_early_data = true;
@@ -253,7 +253,7 @@ async fn no_session_is_resumed() {
 async fn before_the_hello(pair: &Pair) -> TlsStream<TcpStream> {
     let address = pair.listener.address();
     let tcp = TcpStream::connect(address).await.unwrap();
-    let tls = tls::connector(&pair.guest.identity, pair.host.identity.key()).unwrap();
+    let tls = tls::connector(&pair.guest.identity, pair.host.identity.key(), &[]).unwrap();
     tls.connect(tls::name(address), tcp).await.unwrap()
 }
 
@@ -352,7 +352,7 @@ async fn whoever_hangs_in_the_handshake_has_to_go_when_its_time_is_over() {
     // hello.
     let mut mute = TcpStream::connect(pair.listener.address()).await.unwrap();
     let mut config =
-        rustls::ClientConfig::clone(tls::connector(&pair.guest.identity, pair.host.identity.key()).unwrap().config());
+        rustls::ClientConfig::clone(tls::connector(&pair.guest.identity, pair.host.identity.key(), &[]).unwrap().config());
     config.enable_sni = false;
     let mut flight = Vec::new();
     let mut client = ClientConnection::new(Arc::new(config), tls::name(pair.listener.address())).unwrap();

@@ -23,6 +23,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, TlsStream};
 
 use super::{
+    bulk::{self, Caller},
     end::End,
     hello,
     identity::{LocalNode, Peer},
@@ -63,13 +64,25 @@ where
         known: Known,
         settings: LinkSettings,
     ) -> io::Result<Self> {
+        Self::bind_for(address, me, known, settings, None).await
+    }
+    /// The same of a node that lends files: whoever dials to read them goes to `callers`, or is turned away if nobody
+    /// takes callers fast enough. `None`: it knows no bulk connections.
+    pub async fn bind_for(
+        address: SocketAddr,
+        me: Arc<LocalNode>,
+        known: Known,
+        settings: LinkSettings,
+        callers: Option<mpsc::Sender<Caller>>,
+    ) -> io::Result<Self> {
         let myself = me.as_peer();
         let known: Known = Arc::new(move |key| if *key == myself.key { Some(myself.node.clone()) } else { known(key) });
-        let tls = tls::acceptor(&me.identity, known.clone()).map_err(io::Error::other)?;
+        let protocols: &[&[u8]] = if callers.is_some() { &[bulk::NAME] } else { &[] };
+        let tls = tls::acceptor(&me.identity, known.clone(), protocols).map_err(io::Error::other)?;
         let port = TcpListener::bind(address).await?;
         let address = port.local_addr()?;
         let (found, links) = mpsc::channel(WAITING);
-        let door = Arc::new(Door { tls, known, me, settings });
+        let door = Arc::new(Door { tls, known, me, settings, callers });
         let mut accepting = JoinSet::new();
         accepting.spawn(accept(port, door, found));
         Ok(Self { address, links, _accepting: accepting })
@@ -95,6 +108,7 @@ struct Door {
     known: Known,
     me: Arc<LocalNode>,
     settings: LinkSettings,
+    callers: Option<mpsc::Sender<Caller>>,
 }
 
 /// A connection that has not shown a known key yet.
@@ -152,7 +166,7 @@ where
     }
 }
 
-/// One connection up to its link; `None`: it was refused, or it was this node's own.
+/// One connection up to its link; `None`: it was refused, it was this node's own, or it is no link.
 async fn enter<Out, In>(stream: TcpStream, address: SocketAddr, door: Arc<Door>) -> Option<Link<Out, In>>
 where
     Out: Serialize + 'static,
@@ -160,7 +174,7 @@ where
 {
     let limit = door.settings.handshake;
     match timeout(limit, admit(stream, address, &door)).await.unwrap_or(Err(End::Silent)) {
-        Ok(link) => Some(link).filter(|link: &Link<Out, In>| link.peer().key != *door.me.identity.key()),
+        Ok(link) => link.filter(|link: &Link<Out, In>| link.peer().key != *door.me.identity.key()),
         Err(reason @ End::Version { .. }) => {
             tracing::warn!(%address, "{reason}: it is not let in");
             None
@@ -172,7 +186,7 @@ where
     }
 }
 
-async fn admit<Out, In>(stream: TcpStream, address: SocketAddr, door: &Door) -> Result<Link<Out, In>, End>
+async fn admit<Out, In>(stream: TcpStream, address: SocketAddr, door: &Door) -> Result<Option<Link<Out, In>>, End>
 where
     Out: Serialize + 'static,
     In: DeserializeOwned + Send + 'static,
@@ -189,7 +203,15 @@ where
     // The handshake asked already; the answer may have changed.
     let node = (door.known)(&key).ok_or_else(|| End::Stranger(key.clone()))?;
     let frames = hello::introduce(&mut stream, &node, &door.me, door.settings).await?;
-    Ok(Link::start(stream, frames, Peer { node, key }, address, door.settings))
+    let (peer, settings) = (Peer { node, key }, door.settings);
+    if stream.get_ref().1.alpn_protocol() == Some(bulk::NAME) {
+        if let Some(callers) = &door.callers {
+            // One that nobody takes is closed.
+            let _ = callers.try_send(Caller { stream, frames, peer, settings });
+        }
+        return Ok(None);
+    }
+    Ok(Some(Link::start(stream, frames, peer, address, settings)))
 }
 
 /// Closes a connection so that the alert before it arrives: a close with bytes unread would be a reset.

@@ -29,7 +29,7 @@
 //! acknowledgements, by `TCP_USER_TIMEOUT`. [`Link::send`] never waits: a peer that does not read lets the queue fill
 //! up and is cut. A node that does not take its messages stops reading, so its peer cuts it; whether an agent's own
 //! loop still turns is what its heartbeat shows. Strangers are bounded in number and time (`listener.rs`).
-//! Bytes of shards will travel on connections of their own, so that no ping waits behind them.
+//! Bytes of files travel on connections of their own ([`bulk`]), so that no ping waits behind them.
 //!
 //! # Crash, retry, cancel
 //! Nothing is stored; keys are lost with their process. A killed process breaks its links at once ([`End::Lost`]) and
@@ -39,6 +39,7 @@
 //! writes what is queued and says goodbye.
 
 pub mod address;
+pub mod bulk;
 mod dial;
 mod end;
 mod envelope;

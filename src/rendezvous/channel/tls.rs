@@ -42,8 +42,9 @@ pub(super) fn peer_key(stream: &TlsStream<TcpStream>) -> Option<NodeKey> {
     stream.get_ref().1.peer_certificates()?.first().and_then(|info| key_of(info))
 }
 
-/// For a node that accepts: any key that `known` knows.
-pub(super) fn acceptor(identity: &Identity, known: Known) -> Result<TlsAcceptor, Error> {
+/// For a node that accepts: any key that `known` knows. `protocols`: what it speaks beside that of a link, which has no
+/// name; a peer that names others alone is refused.
+pub(super) fn acceptor(identity: &Identity, known: Known, protocols: &[&[u8]]) -> Result<TlsAcceptor, Error> {
     let verifier = Keys { accepts: Accepts::Known(known), provider: identity.provider.clone() };
     let mut config = ServerConfig::builder_with_provider(identity.provider.clone())
         .with_protocol_versions(&[&TLS13])?
@@ -53,11 +54,12 @@ pub(super) fn acceptor(identity: &Identity, known: Known) -> Result<TlsAcceptor,
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     config.max_early_data_size = 0;
+    config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// For a node that dials: this very key.
-pub(super) fn connector(identity: &Identity, key: &NodeKey) -> Result<TlsConnector, Error> {
+/// For a node that dials: this very key. `protocols`: the one that it asks for; none: a link.
+pub(super) fn connector(identity: &Identity, key: &NodeKey, protocols: &[&[u8]]) -> Result<TlsConnector, Error> {
     let verifier = Keys { accepts: Accepts::One(key.clone()), provider: identity.provider.clone() };
     let mut config = ClientConfig::builder_with_provider(identity.provider.clone())
         .with_protocol_versions(&[&TLS13])?
@@ -66,6 +68,7 @@ pub(super) fn connector(identity: &Identity, key: &NodeKey) -> Result<TlsConnect
         .with_client_cert_resolver(Arc::new(AlwaysResolvesClientRawPublicKeys::new(identity.pair.clone())));
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
+    config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
     Ok(TlsConnector::from(Arc::new(config)))
 }
 

@@ -43,7 +43,8 @@ use tokio::{
 };
 
 use super::channel::{
-    End, Envelope, Known, Link, LinkSettings, Listener, LocalNode, NotSent, Peer, Receiver, Sender, Unsendable, dial,
+    End, Envelope, Known, Link, LinkSettings, Listener, LocalNode, NotSent, Peer, Receiver, Sender, Unsendable,
+    bulk::Caller, dial,
 };
 use crate::ids::{Generation, NodeId, NodeKey};
 
@@ -107,6 +108,16 @@ impl<M: Serialize + DeserializeOwned + Send + 'static> Peers<M> {
         bind: SocketAddr,
         settings: LinkSettings,
     ) -> io::Result<(Self, mpsc::UnboundedReceiver<PeerEvent<M>>)> {
+        Self::start_for(me, bind, settings, None).await
+    }
+
+    /// The same; nodes that dial to read files go to `callers` ([`Listener::bind_for`]).
+    pub async fn start_for(
+        me: Arc<LocalNode>,
+        bind: SocketAddr,
+        settings: LinkSettings,
+        callers: Option<mpsc::Sender<Caller>>,
+    ) -> io::Result<(Self, mpsc::UnboundedReceiver<PeerEvent<M>>)> {
         let (book, strangers) = (Book::default(), Arc::new(Notify::new()));
         let (looked_up, knock) = (book.clone(), strangers.clone());
         let known: Known = Arc::new(move |key| {
@@ -116,7 +127,7 @@ impl<M: Serialize + DeserializeOwned + Send + 'static> Peers<M> {
             }
             found
         });
-        let listener = Listener::bind(bind, me.clone(), known, settings).await?;
+        let listener = Listener::bind_for(bind, me.clone(), known, settings, callers).await?;
         let (asks, asked) = mpsc::unbounded_channel();
         let (events, heard) = mpsc::unbounded_channel();
         let peers = Self { me: me.node.clone(), address: listener.address(), book: book.clone(), asks };

@@ -12,12 +12,16 @@ use super::{
     desk::{Myself, Proposal},
 };
 use crate::{
-    agent::generation::{Load, Source},
+    agent::{
+        Neighbours,
+        generation::{Load, Source},
+    },
     checkpoint::{catalog, restore},
     error::{Error, Kind, Result},
     ids::{NodeId, NodeRanks, Rank, WorldSize},
     journal::{Formation, Formed, FormedReason, Gone, JournalError, ResumePoint, RosterEntry, Succession},
     layout,
+    rendezvous::channel::Peer,
     report::Event,
     run::{Runner, Seating, open::effective, words::short},
 };
@@ -156,7 +160,28 @@ impl Runner {
         })?;
         let members = formed.roster.iter().map(|entry| entry.node.clone()).collect();
         let store = SocketAddr::new(me.address.ip(), self.network.unwrap_or_default().store_port);
-        Ok(Seating { ranks, members, others, store })
+        let neighbours = self.neighbours(formed);
+        Ok(Seating { ranks, members, others, store, neighbours })
+    }
+
+    /// The other nodes that have lived since the checkpoint which a generation loads was written: their memory may have
+    /// files of it. Each node begins with the one behind it in the roster, so that not all ask the same one first.
+    fn neighbours(&self, formed: &Formation) -> Option<Neighbours> {
+        let (me, settings) = self.channel.clone()?;
+        let since = formed.resume.as_ref()?.generation;
+        let state = self.journal.state();
+        let before = state.formations().iter().filter(|it| (since..formed.generation).contains(&it.generation));
+        let lived: BTreeSet<&NodeId> = before.flat_map(|it| &it.roster).map(|entry| &entry.node).collect();
+        let own = formed.roster.iter().position(|entry| entry.node == self.node)?;
+        let (front, behind) = formed.roster.split_at(own);
+        let others = behind.iter().skip(1).chain(front).filter(|entry| lived.contains(&entry.node));
+        let nodes: Vec<_> = others
+            .filter_map(|entry| {
+                let address = entry.address.as_ref()?.parse().ok()?;
+                Some((Peer { node: entry.node.clone(), key: entry.key.clone()? }, address))
+            })
+            .collect();
+        (!nodes.is_empty()).then_some(Neighbours { me, settings, nodes })
     }
 
     /// The state that a generation starts from, as its record says.

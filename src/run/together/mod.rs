@@ -43,6 +43,7 @@ use crate::{
         follow::{self, Followed, Leader},
         generation::{self, End, Left, Load, Stopped},
         group::{Company, ToLeader, ToMember},
+        shelf,
     },
     error::{Context, Error, Kind, Result},
     faults::{self, At},
@@ -133,11 +134,16 @@ impl Runner {
             settings.silence = PATIENT;
         }
         let at = SocketAddr::new(ip, network.port);
-        let (links, heard) = Peers::<Words>::start(Arc::clone(&me), at, settings).await.map_err(|error| {
-            Error::from_source(Kind::Config, error)
-                .context(format!("listen at {at} for other nodes"))
-                .with_hint("set network.address to an address of this machine, or network.port to a free port")
-        })?;
+        let (callers, called) = mpsc::channel(shelf::WAITING);
+        // It ends when the port closes.
+        tokio::spawn(shelf::serve(Arc::clone(self.slots.shelf()), called));
+        self.channel = Some((Arc::clone(&me), settings));
+        let (links, heard) =
+            Peers::<Words>::start_for(Arc::clone(&me), at, settings, Some(callers)).await.map_err(|error| {
+                Error::from_source(Kind::Config, error)
+                    .context(format!("listen at {at} for other nodes"))
+                    .with_hint("set network.address to an address of this machine, or network.port to a free port")
+            })?;
         let address = links.address();
         address::answers(address, &me, settings).await.map_err(|end| {
             Error::new(Kind::Unavailable, format!("this node does not reach its own port at {address}: {end}"))

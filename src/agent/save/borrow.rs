@@ -1,0 +1,189 @@
+//! Files of a checkpoint from the memory of other nodes of the generation.
+//!
+//! The nodes that lived through the last generations ([`Neighbours`]) are asked side by side what they lend
+//! ([`Neighbours::ask`]). Each file that is lacking is then read from the one that has least to give so far ([`share`]),
+//! one file after the other from each node, side by side over the nodes.
+//!
+//! # Invariant
+//! No node is trusted: a file counts as there when the checksum that was computed over the bytes as they were written
+//! to their place is the one of its manifest. Whatever else happens, a refusal, silence, other bytes, the file is left
+//! to the store, and the log names the node.
+//!
+//! *Crash, cancel:* connections end. *Retry:* none: the store has everything.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+use super::gather::Lacking;
+use crate::{
+    ids::NodeId,
+    rendezvous::channel::{
+        LinkSettings, LocalNode, Peer,
+        bulk::{NotLent, Reader, Wanted},
+    },
+    storage::Crc64,
+};
+
+#[cfg(test)]
+mod tests;
+
+/// Nodes that are asked at most; connections to more would cost more than they bring.
+const ASKED: usize = 64;
+
+/// The nodes that may have what this one lacks.
+#[derive(Clone, Debug)]
+pub struct Neighbours {
+    /// This node.
+    pub me: Arc<LocalNode>,
+    /// The limits of connections.
+    pub settings: LinkSettings,
+    /// The others, and where they listen: beginning with the one behind this node in the roster.
+    pub nodes: Vec<(Peer, SocketAddr)>,
+}
+
+/// A node that lends.
+pub struct Lender {
+    node: NodeId,
+    reader: Reader,
+    names: HashSet<String>,
+}
+
+impl Neighbours {
+    /// Asks all of them what they lend; those that lend nothing are left out.
+    pub async fn ask(&self, wanted: &Wanted) -> Vec<Lender> {
+        let ask = |(peer, address): (Peer, SocketAddr)| {
+            let (me, settings, wanted) = (Arc::clone(&self.me), self.settings, wanted.clone());
+            async move {
+                let asking = async {
+                    let mut reader = Reader::dial(address, &peer, &me, settings).await?;
+                    let names = reader.open(&wanted).await?;
+                    Ok::<_, NotLent>((reader, names))
+                };
+                match asking.await {
+                    Ok((_, names)) if names.is_empty() => None,
+                    Ok((reader, names)) => Some(Lender { node: peer.node, reader, names: names.into_iter().collect() }),
+                    Err(reason) => {
+                        tracing::info!(node = %peer.node, %reason, "this node lends nothing of the checkpoint");
+                        None
+                    }
+                }
+            }
+        };
+        let asked = self.nodes.iter().take(ASKED).cloned().map(ask);
+        futures::future::join_all(asked).await.into_iter().flatten().collect()
+    }
+}
+
+/// Which lender gives each file, as an index; `None`: nobody has it. The largest come first, each to the lender with
+/// the fewest bytes to give so far.
+fn share(files: &[(&str, u64)], lenders: &[&HashSet<String>]) -> Vec<Option<usize>> {
+    let mut order: Vec<usize> = (0..files.len()).collect();
+    order.sort_by_key(|&file| std::cmp::Reverse(files[file].1));
+    let mut loads = vec![0_u64; lenders.len()];
+    let mut shares = vec![None; files.len()];
+    for file in order {
+        let (name, bytes) = files[file];
+        let have = (0..lenders.len()).filter(|&lender| lenders[lender].contains(name));
+        shares[file] = have.min_by_key(|&lender| loads[lender]);
+        if let Some(lender) = shares[file] {
+            loads[lender] = loads[lender].saturating_add(bytes);
+        }
+    }
+    shares
+}
+
+/// What comes from where.
+pub struct Shares<B> {
+    /// What each lender gives.
+    pub of: Vec<(Lender, Vec<Lacking<B>>)>,
+    /// What nobody lends.
+    pub left: Vec<Lacking<B>>,
+}
+
+/// What came of the files that were lacking.
+pub struct Borrowed<B> {
+    /// Files that are there now.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// The others.
+    pub left: Vec<Lacking<B>>,
+}
+
+/// Divides `lacking` among the lenders.
+pub fn divide<B>(lenders: Vec<Lender>, lacking: Vec<Lacking<B>>) -> Shares<B> {
+    let shares = {
+        let files: Vec<(&str, u64)> = lacking.iter().map(|it| (it.file.name.as_str(), it.file.bytes)).collect();
+        share(&files, &lenders.iter().map(|lender| &lender.names).collect::<Vec<_>>())
+    };
+    let mut left = Vec::new();
+    let mut of: BTreeMap<usize, Vec<Lacking<B>>> = BTreeMap::new();
+    for (it, share) in lacking.into_iter().zip(shares) {
+        match share {
+            // A file that can't be compared, or that has no byte, is the store's.
+            Some(lender) if it.file.crc64.is_some() && it.file.bytes > 0 => of.entry(lender).or_default().push(it),
+            _ => left.push(it),
+        }
+    }
+    let with_files = |(at, lender)| Some((lender, of.remove(&at)?));
+    Shares { of: lenders.into_iter().enumerate().filter_map(with_files).collect(), left }
+}
+
+/// Reads from the lenders what they have.
+pub async fn read<B: AsMut<[u8]> + Send>(shares: Vec<(Lender, Vec<Lacking<B>>)>) -> Borrowed<B> {
+    let all = futures::future::join_all(shares.into_iter().map(|(lender, files)| from(lender, files))).await;
+    let mut borrowed = Borrowed { files: 0, bytes: 0, left: Vec::new() };
+    for one in all {
+        borrowed.files += one.files;
+        borrowed.bytes += one.bytes;
+        borrowed.left.extend(one.left);
+    }
+    borrowed
+}
+
+/// Reads these files from one node.
+async fn from<B: AsMut<[u8]> + Send>(mut lender: Lender, files: Vec<Lacking<B>>) -> Borrowed<B> {
+    let mut borrowed = Borrowed { files: 0, bytes: 0, left: Vec::new() };
+    let mut files = files.into_iter();
+    while let Some(mut it) = files.next() {
+        let read = whole(&mut lender.reader, &mut it).await;
+        let (node, file) = (&lender.node, &it.file.name);
+        match read {
+            Ok(sum) if Some(sum) == it.file.crc64 => {
+                borrowed.files += 1;
+                borrowed.bytes += it.file.bytes;
+            }
+            Ok(_) => {
+                tracing::warn!(%node, file, "a node's memory no longer has this file of the checkpoint");
+                borrowed.left.push(it);
+            }
+            Err(NotLent::Refused(reason)) => {
+                tracing::info!(%node, file, %reason, "a node does not lend this file of the checkpoint");
+                borrowed.left.push(it);
+            }
+            // What comes next on that connection has no meaning any more.
+            Err(reason) => {
+                tracing::warn!(%node, file, %reason, "a node has stopped lending files of the checkpoint");
+                borrowed.left.push(it);
+                borrowed.left.extend(files);
+                return borrowed;
+            }
+        }
+    }
+    borrowed
+}
+
+/// Reads all pieces of a file, in its order, and returns its checksum.
+async fn whole<B: AsMut<[u8]>>(reader: &mut Reader, lacking: &mut Lacking<B>) -> Result<Crc64, NotLent> {
+    let (mut sum, mut end) = (Crc64::EMPTY, 0);
+    lacking.pieces.sort_by_key(|(piece, _)| piece.offset);
+    for (piece, buffer) in &mut lacking.pieces {
+        let read = reader.read(&lacking.file.name, piece.offset, buffer.as_mut()).await?;
+        // A gap, or pieces that overlap, give another sum.
+        (sum, end) = (sum.followed_by(read, piece.len), end + piece.len);
+    }
+    Ok(if end == lacking.file.bytes { sum } else { Crc64(!lacking.file.crc64.unwrap_or_default().0) })
+}

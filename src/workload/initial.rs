@@ -110,7 +110,7 @@ mod tests {
         for (key, value) in changes.as_object().unwrap() {
             config[key] = value.clone();
         }
-        ModelConfig { kind: ModelKind::Decoder, config, init_from: None }
+        ModelConfig { kind: ModelKind::Decoder, config, init_from: None, lora: None }
     }
 
     fn tensors(model: &ModelConfig) -> Tensors {

@@ -33,6 +33,9 @@ pub fn effect(key: &str) -> Effect {
             Effect::Fixed("it cuts the samples: those already seen would come again, others never")
         }
         "train.seed" => Effect::Fixed("it orders the samples: those already seen would come again, others never"),
+        "train.epochs" => {
+            Effect::Fixed("it became train.steps when the run was created: give that another value")
+        }
         "train.optimizer.kind" => Effect::Fixed("the checkpoints hold this optimizer's moments"),
         // The samples' cursor and the tensors are independent of the number of workers and of what each of them keeps:
         // only the order in which gradients are summed depends on it. The device is a machine's own choice, as its kind
@@ -151,7 +154,8 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let TrainTask { model, data, train, parallel } = workload;
     let ModelConfig { kind, config: model_config, init_from, lora } = model;
     let DataConfig { train: data_train, tokenizer, sequence_length, validation_every, validation_sequences } = data;
-    let TrainConfig { steps, global_batch, max_micro_batch, seed, precision, threads, optimizer, schedule } = train;
+    let TrainConfig { steps, epochs, global_batch, max_micro_batch, seed, precision, threads, optimizer, schedule } =
+        train;
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
     let ParallelConfig { strategy, nproc_per_node, device, bucket_mib, mixed } = parallel;
@@ -187,6 +191,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("data.validation_every", whole(*validation_every)),
         ("data.validation_sequences", whole(*validation_sequences)),
         ("train.steps", whole(*steps)),
+        ("train.epochs", whole(*epochs)),
         ("train.global_batch", whole(*global_batch)),
         ("train.max_micro_batch", whole(*max_micro_batch)),
         ("train.seed", whole(*seed)),

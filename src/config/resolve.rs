@@ -182,15 +182,42 @@ pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> R
     Ok(config)
 }
 
+/// Checks the schedule against the length of the run, if that is known.
+fn check_steps(train: &TrainConfig) -> Result<(), ConfigError> {
+    let TrainConfig { steps, epochs, .. } = *train;
+    let warmup = train.schedule.warmup_steps;
+    if steps == 0 || warmup <= steps {
+        return Ok(());
+    }
+    let made = if epochs > 0 { format!(" (from train.epochs = {epochs})") } else { String::new() };
+    Err(ConfigError::Together(format!(
+        "train.schedule.warmup_steps = {warmup} is longer than the run: train.steps = {steps}{made}"
+    )))
+}
+
+impl TrainConfig {
+    /// Works out the steps from the epochs over `sequences`, if that has not been done: as many steps as it takes to
+    /// see each sequence that often.
+    ///
+    /// # Errors
+    /// [`ConfigError::Together`] for more steps than a run may have, or fewer than the warm-up.
+    pub fn settle_steps(&mut self, sequences: u64) -> Result<(), ConfigError> {
+        if self.steps > 0 {
+            return Ok(());
+        }
+        let all = u128::from(sequences) * u128::from(self.epochs);
+        let steps = all.div_ceil(u128::from(self.global_batch.max(1)));
+        self.steps = u64::try_from(steps).ok().filter(|steps| (1..=MAX_STEPS).contains(steps)).ok_or_else(|| {
+            let epochs = self.epochs;
+            ConfigError::Together(format!("train.epochs = {epochs} of {sequences} sequences are {steps} steps"))
+        })?;
+        check_steps(self)
+    }
+}
+
 /// Checks of settings that must fit one another.
 fn check(config: &RunConfig) -> Result<(), ConfigError> {
-    let train = &config.workload.train;
-    if train.schedule.warmup_steps > train.steps {
-        return Err(ConfigError::Together(format!(
-            "train.schedule.warmup_steps = {} is longer than the run: train.steps = {}",
-            train.schedule.warmup_steps, train.steps
-        )));
-    }
+    check_steps(&config.workload.train)?;
     let parallel = &config.workload.parallel;
     if parallel.mixed && parallel.strategy != Strategy::Zero1 {
         return Err(ConfigError::Together(
@@ -338,9 +365,21 @@ fn train(raw: &Raw, auto_threads: Option<u32>) -> Result<TrainConfig, ConfigErro
         })?,
     };
     raw.choice("train.optimizer.kind", &[("adamw", ())])?;
+    let (steps, epochs) = (raw.whole("train.steps", 1..=MAX_STEPS)?, raw.whole("train.epochs", 0..=u32::MAX)?);
+    let steps = match (epochs, raw.origin("train.steps")) {
+        (0, _) | (_, Origin::Run) => steps,
+        // Of an existing run: it has left the number of its epochs behind.
+        (_, Origin::Set) if raw.origin("train.epochs") == Origin::Run => steps,
+        (_, Origin::Default) => 0,
+        _ => {
+            let both = format!("train.steps = {steps} and train.epochs = {epochs} are both set: keep one of them");
+            return Err(ConfigError::Together(both));
+        }
+    };
     let share = |n: f64| (0.0..1.0).contains(&n);
     Ok(TrainConfig {
-        steps: raw.whole("train.steps", 1..=MAX_STEPS)?,
+        steps,
+        epochs,
         global_batch: raw.whole("train.global_batch", 1..=u32::MAX)?,
         max_micro_batch: raw.whole("train.max_micro_batch", 1..=u32::MAX)?,
         seed: raw.whole("train.seed", 0..=u64::MAX)?,

@@ -99,6 +99,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                 },
                 train: TrainConfig {
                     steps: 2000,
+                    epochs: 0,
                     global_batch: 32,
                     max_micro_batch: 8,
                     seed: 1234,
@@ -222,7 +223,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "train = 5",
-            "run.toml:3: train = 5: expected a table with global_batch, max_micro_batch, optimizer.betas, \
+            "run.toml:3: train = 5: expected a table with epochs, global_batch, max_micro_batch, optimizer.betas, \
             optimizer.eps, optimizer.grad_clip, optimizer.kind, optimizer.lr, optimizer.weight_decay, precision, \
             schedule.kind, schedule.min_lr_ratio, schedule.warmup_steps, seed, steps, threads",
             "",
@@ -257,6 +258,12 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
             "train.schedule.warmup_steps = 2000 is longer than the run: train.steps = 1000",
             "",
         ),
+        (
+            "train.steps = 500\ntrain.epochs = 3",
+            "train.steps = 500 and train.epochs = 3 are both set: keep one of them",
+            "",
+        ),
+        ("train.epochs = -1", "run.toml:3: train.epochs = -1: expected a whole number, at least 0", ""),
         (
             "data.sequence_length = 0",
             "run.toml:3: data.sequence_length = 0: expected a whole number from 1 to 1048576",
@@ -629,4 +636,35 @@ fn a_run_from_before_a_setting_was_there_has_its_default_and_hostile_ones_are_re
         let error = load_least(setting).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
+}
+
+#[test]
+fn epochs_become_steps_once_the_data_is_known() {
+    let mut train = load_least("train.epochs = 3").unwrap().workload.train;
+    assert_eq!((train.steps, train.epochs, train.global_batch), (0, 3, 32));
+    let with = |sequences| {
+        let mut train = train.clone();
+        train.settle_steps(sequences).map(|()| train.steps).map_err(|error| error.to_string())
+    };
+    // 3 × 2,000 sequences are 187.5 batches of 32.
+    assert_eq!(with(2000), Ok(188));
+    assert_eq!(with(32_000), Ok(3000));
+    let short = "train.schedule.warmup_steps = 100 is longer than the run: train.steps = 10 (from train.epochs = 3)";
+    assert_eq!(with(100), Err(short.into()));
+    assert!(with(u64::MAX).unwrap_err().contains("steps"));
+    // What is settled stays, with whatever data.
+    train.settle_steps(2000).unwrap();
+    train.settle_steps(9000).unwrap();
+    assert_eq!(train.steps, 188);
+
+    // Of an existing run: both are there, and steps alone can be changed.
+    let mut base = load_least("train.epochs = 3").unwrap();
+    base.workload.train.settle_steps(2000).unwrap();
+    let set = |key: &str, value: &str| apply_overrides(&base, &[(key.to_owned(), value.to_owned())]);
+    assert_eq!(set("checkpoint.keep.last", "9").unwrap().workload.train.steps, 188);
+    assert_eq!(set("train.steps", "500").unwrap().workload.train.steps, 500);
+    let text = set("train.epochs", "4").unwrap_err().to_string();
+    assert!(text.contains("train.epochs can't be changed on resume"), "{text}");
+    let stored = serde_json::to_value(load_least("").unwrap()).unwrap();
+    assert!(stored["train"].get("epochs").is_none(), "{stored}");
 }

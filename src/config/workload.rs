@@ -116,8 +116,13 @@ pub enum TokenizerRule {
 /// The mathematics of training. Nothing here may change on a resume unless it is named with `--set`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainConfig {
-    /// Optimizer steps of the whole run.
+    /// Optimizer steps of the whole run; 0: not worked out yet from `epochs`, which is so before a run is created and
+    /// never in a journal.
     pub steps: u64,
+    /// The passes over the data from which `steps` was worked out when the run was created; 0: it was given. Stored
+    /// only if it was not.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub epochs: u32,
     /// Sequences in one optimizer step, over the whole world, whatever its size.
     pub global_batch: u32,
     /// The most sequences in one forward pass of one worker; gradients are accumulated over the rest.
@@ -132,6 +137,11 @@ pub struct TrainConfig {
     pub optimizer: OptimizerConfig,
     /// The learning-rate schedule.
     pub schedule: ScheduleConfig,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+const fn is_none(count: &u32) -> bool {
+    *count == 0
 }
 
 /// Arithmetic of forward and backward.

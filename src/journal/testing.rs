@@ -34,6 +34,7 @@ pub(super) fn config() -> RunConfig {
             },
             train: TrainConfig {
                 steps: 100,
+                epochs: 0,
                 global_batch: 4,
                 max_micro_batch: 4,
                 seed: 1,

@@ -66,6 +66,18 @@ fn a_document_in_a_packed_row_has_the_scores_that_it_has_alone() {
     }
 }
 
+/// Scores alone can't tell: they depend on differences of positions, so they are the same up to rounding.
+#[test]
+fn positions_begin_anew_with_each_document() {
+    let table = Tensor::arange(30, (Kind::Float, Device::Cpu)).view([30, 1, 1]);
+    let packed = spans(&STARTS, 20).of_table(&table, 20).unwrap();
+    assert_eq!(packed.size(), [2, 20, 1, 1]);
+    let expected: Vec<f32> = DOCUMENTS.iter().flat_map(|&(_, _, len)| (0..len).map(|place| place as f32)).collect();
+    assert_eq!(values(&packed), expected);
+    let whole = Spans::whole().of_table(&table, 20).unwrap();
+    assert_eq!((whole.size(), values(&whole)), (vec![20, 1, 1], (0..20).map(|place| place as f32).collect()));
+}
+
 /// The scores, and the gradient of the loss by the vectors that the first block gets.
 fn scores_and_gradient(model: &dyn Model, tokens: &Tensor) -> [Tensor; 2] {
     let spans = spans(&STARTS, 20);

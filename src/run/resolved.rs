@@ -34,9 +34,12 @@ impl Resolved {
         Ok(Self { config, workload: Arc::new(workload) })
     }
 
-    /// Of a run that is about to be created.
+    /// Of a run that is about to be created: its configuration is the one to create it with.
     pub async fn of_new_run(config: &RunConfig, site: Site<'_>) -> Result<Self> {
-        Self::new(config, Workload::of_new_run(config, site).await?)
+        let workload = Workload::of_new_run(config, site).await?;
+        // The number of steps may depend on the data.
+        let config = RunConfig { workload: workload.task().clone(), ..config.clone() };
+        Self::new(&config, workload)
     }
 
     /// Of an existing run; see [`Workload::of_existing_run`].

@@ -161,7 +161,7 @@ impl Training {
         }
         let what = format!("none of the {global_batch} sequences of step {step} has a token to learn");
         Err(Error::new(Kind::Config, what).with_hint(
-            "raise train.global_batch, or prepare the data with --sequence-length, so that each sequence has whole \
+            "raise train.global_batch, or prepare the data with --pack --sequence-length, so that sequences have whole \
              answers",
         ))
     }
@@ -291,6 +291,7 @@ mod tests {
             },
             train: TrainConfig {
                 steps: 10,
+                epochs: 0,
                 global_batch: 8,
                 max_micro_batch,
                 seed: 7,

@@ -107,6 +107,11 @@ impl Workload {
         self.workers
     }
 
+    /// What is computed, with everything worked out that depends on the data.
+    pub const fn task(&self) -> &TrainTask {
+        &self.task
+    }
+
     /// The step after which the run is complete.
     pub const fn last_step(&self) -> Step {
         self.task.last_step()

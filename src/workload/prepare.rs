@@ -107,8 +107,10 @@ impl Workload {
             let message = format!("{} holds no sequence of {length} tokens", wanted.train);
             Error::new(Kind::Config, message).with_hint("shorten data.sequence_length or prepare more data")
         })?;
+        let mut task = config.workload.clone();
+        task.train.settle_steps(samples)?;
         Ok(Self {
-            task: config.workload.clone(),
+            task,
             storage: config.storage.clone(),
             workers,
             sequences,

@@ -51,6 +51,7 @@ pub fn config() -> RunConfig {
             },
             train: TrainConfig {
                 steps: 2000,
+                epochs: 0,
                 global_batch: 32,
                 max_micro_batch: 8,
                 seed: 1234,

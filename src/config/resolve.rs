@@ -23,8 +23,7 @@ const MAX_MODEL_CONFIG: u64 = 1 << 20;
 pub const MAX_STEPS: u64 = (1 << 41) - 1;
 
 /// The second is the first one's older name.
-pub(super) const MODEL_KINDS: &[(&str, ModelKind)] =
-    &[("decoder", ModelKind::Decoder), ("llama", ModelKind::Decoder)];
+pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("decoder", ModelKind::Decoder), ("llama", ModelKind::Decoder)];
 pub(super) const TOKENIZER_RULES: &[(&str, TokenizerRule)] =
     &[("same", TokenizerRule::Same), ("differs", TokenizerRule::Differs)];
 pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];

@@ -559,7 +559,8 @@ mod tests {
             assert_eq!(description["a"], 1);
             [description["dtype"].clone(), description["torch_dtype"].clone()]
         };
-        let index = |bytes: u64, elements: u64| json!({"metadata": {"total_size": bytes, "total_parameters": elements}});
+        let index =
+            |bytes: u64, elements: u64| json!({"metadata": {"total_size": bytes, "total_parameters": elements}});
         assert_eq!(named(index(40, 10)), ["float32", "float32"]);
         assert_eq!(named(index(20, 10)), ["bfloat16", "bfloat16"]);
         for other in [index(30, 10), index(0, 0), json!({})] {

@@ -83,8 +83,7 @@ impl Workload {
         let length = wanted.sequence_length;
         if length > longest.positions {
             let model::Context { positions, key } = longest;
-            let message =
-                format!("data.sequence_length is {length}, but the model takes at most {positions} ({key})");
+            let message = format!("data.sequence_length is {length}, but the model takes at most {positions} ({key})");
             return Err(Error::new(Kind::Config, message));
         }
         dataset.check_length(length)?;

@@ -42,8 +42,9 @@ impl Attention {
         }
     }
 
-    /// Attention of queries `[batch, T, heads, width]` to keys and values `[batch, T, shared heads, width]`, within each
-    /// document: `[batch, T, heads, width]`. `window`: the number of positions that one attends to, itself among them.
+    /// Attention of queries `[batch, T, heads, width]` to keys and values `[batch, T, shared heads, width]`, within
+    /// each document: `[batch, T, heads, width]`. `window`: the number of positions that one attends to, itself among
+    /// them.
     pub fn mix(
         &self,
         [query, mut key, mut value]: [Tensor; 3],

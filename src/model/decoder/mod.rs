@@ -182,13 +182,7 @@ impl Decoder {
     }
 
     /// Adds a layer's attention to the residual stream `x`.
-    fn attention(
-        &self,
-        layer: &Layer,
-        x: &Tensor,
-        turns: Option<&Turns>,
-        spans: &Spans,
-    ) -> Result<Tensor, TchError> {
+    fn attention(&self, layer: &Layer, x: &Tensor, turns: Option<&Turns>, spans: &Spans) -> Result<Tensor, TchError> {
         let normed = self.norm_before(x, layer.before_attention.as_ref())?;
         let (batch, len, _) = x.size3()?;
         let width = i64::from(self.config.head_dim);

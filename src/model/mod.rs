@@ -1,7 +1,8 @@
 //! The models that can be trained.
 //!
-//! A model is described by a Hugging Face `config.json`, whose architecture is one of the [`families`], and holds its parameters as an ordered list under their Hugging
-//! Face names: the order is the order of registration with the gradient reducer, the names are those in checkpoints.
+//! A model is described by a Hugging Face `config.json`, whose architecture is one of the [`families`], and holds its
+//! parameters as an ordered list under their Hugging Face names: the order is the order of registration with the
+//! gradient reducer, the names are those in checkpoints.
 //!
 //! A forward pass is embed → blocks → head. Each of these [`Stage`]s reads the parameters that are listed for it and
 //! the vectors of the stage before, and nothing else: so a strategy may have the weights of one stage at a time.

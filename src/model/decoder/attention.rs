@@ -42,8 +42,9 @@ impl Attention {
         }
     }
 
-    /// Attention of queries `[batch, T, heads, width]` to keys and values `[batch, T, shared heads, width]`, within each
-    /// document: `[batch, T, heads, width]`. `window`: the number of positions that one attends to, itself among them.
+    /// Attention of queries `[batch, T, heads, width]` to keys and values `[batch, T, shared heads, width]`, within
+    /// each document: `[batch, T, heads, width]`. `window`: the number of positions that one attends to, itself among
+    /// them.
     pub fn mix(
         &self,
         [query, mut key, mut value]: [Tensor; 3],
@@ -130,4 +131,41 @@ pub(super) fn repeat_heads(x: &Tensor, times: i64) -> Result<Tensor, TchError> {
         shared * times,
         width,
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::families;
+
+    /// Against all scores at once, for windows below and above the size of a piece, and for documents of one row.
+    #[test]
+    fn pieces_of_a_window_are_the_window() {
+        tch::set_num_threads(1);
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        });
+        let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: None };
+        let attention = Attention::new(&families::read(&config).unwrap(), &settings);
+        let random = |name: &str, len: i64, heads: i64| {
+            let count = (len * heads * 2) as usize;
+            let values = crate::model::random::normal(5, name, count, 1.0);
+            Tensor::f_from_slice(&values).unwrap().f_view([1, len, heads, 2]).unwrap()
+        };
+        for (window, len) in [(1, 4), (3, 3), (3, 4), (3, 6), (3, 11), (1023, 2050), (1100, 2500)] {
+            let inputs = [random("q", len, 4), random("k", len, 2), random("v", len, 2)];
+            let [query, key, value] = inputs.each_ref().map(|x| x.f_transpose(1, 2).unwrap());
+            let all = Tensor::f_ones([len, len], (Kind::Bool, Device::Cpu)).unwrap();
+            let mask = all.f_tril(0).unwrap().f_triu(1 - window).unwrap();
+            let expected =
+                Tensor::f_scaled_dot_product_attention(&query, &key, &value, Some(&mask), 0.0, false, None, true);
+            let expected = expected.unwrap().f_transpose(1, 2).unwrap();
+            let mixed = attention.mix(inputs, Some(window as u32), &Spans::whole()).unwrap();
+            let far = mixed.f_sub(&expected).unwrap().f_abs().unwrap().f_max().unwrap().f_double_value(&[]).unwrap();
+            assert!(far < 1e-6, "a window of {window} over {len}: {far:e}");
+        }
+    }
 }

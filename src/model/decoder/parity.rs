@@ -1,5 +1,5 @@
-//! Every family against what Hugging Face transformers computes: its fixture is `tests/fixtures/family-parity.json`, and
-//! the script that made it lies beside it.
+//! Every family against what Hugging Face transformers computes: the fixture is `tests/fixtures/family-parity.json`,
+//! and the script that made it lies beside it.
 
 use serde::Deserialize;
 

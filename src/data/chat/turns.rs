@@ -11,8 +11,8 @@
 //!    without text, such as a call of a tool, begins where the text before it ends, and ends with the token that ends
 //!    it where nothing follows.
 //!
-//! A turn that no special token ends is refused: a model trained on it would never stop. So is one of which the template
-//! leaves nothing.
+//! A turn that no special token ends is refused: a model trained on it would never stop. So is one of which the
+//! template leaves nothing.
 
 use std::ops::Range;
 

@@ -142,6 +142,7 @@ impl Job {
                 bytes: tokenizer.json().len() as u64,
                 crc64: Crc64::of(tokenizer.json()),
             },
+            documents: None,
             train,
             validation,
         };

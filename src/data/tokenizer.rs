@@ -10,7 +10,7 @@
 //! exist only when two pairs spell the same token; repeated trainings on text made of such pairs agreed, and a test
 //! repeats them. The sample is bounded because the trainer counts pairs in 32 bits.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use tokenizers::{
     AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer, TokenizerImpl,
@@ -163,8 +163,22 @@ impl TextTokenizer {
         self.specials.encode(&self.tokenizer, text)
     }
 
+    /// The special tokens: ids that no text produces, and their names.
+    pub(super) fn special_tokens(&self) -> &BTreeMap<u32, String> {
+        self.specials.ids()
+    }
+
+    /// The token for unknown text.
+    pub(super) fn unknown_id(&self) -> Option<u32> {
+        self.specials.unknown()
+    }
+
+    /// Whether there may be text that the stored tokenizer would silently drop.
+    pub(super) fn may_lose(&self) -> bool {
+        self.specials.may_lose()
+    }
+
     /// The id of a token.
-    #[cfg(test)]
     pub(super) fn id_of(&self, token: &str) -> Option<u32> {
         self.tokenizer.token_to_id(token)
     }
@@ -357,6 +371,7 @@ mod tests {
             eos_id: 0,
             recipe: String::new(),
             tokenizer: FileEntry { file: "tokenizer.json".into(), bytes: 0, crc64: Crc64(0) },
+            documents: None,
             train: vec![],
             validation: vec![],
         };

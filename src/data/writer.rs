@@ -89,6 +89,7 @@ impl ShardWriter {
         self.shards.push(ShardEntry {
             file: FileEntry { file: name.clone(), bytes: body.len() as u64, crc64 },
             tokens: (body.len() / self.dtype.width()) as u64,
+            marks: None,
         });
         let store = self.store.clone();
         self.upload = Some(self.runtime.spawn(async move {

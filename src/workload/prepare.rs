@@ -89,6 +89,7 @@ impl Workload {
                 ),
             ));
         }
+        dataset.check_length(length)?;
         let samples = dataset.samples(Split::Train, length);
         let sequences = NonZeroU64::new(samples).ok_or_else(|| {
             let message = format!("{} holds no sequence of {length} tokens", wanted.train);

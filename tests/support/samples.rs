@@ -278,7 +278,7 @@ pub fn heartbeat() -> Heartbeat {
 
 pub fn index() -> shards::Index {
     let file = |file: &str, bytes| shards::FileEntry { file: file.into(), bytes, crc64: Crc64(0x0123_4567_89ab_cdef) };
-    let shard = |name: &str, tokens: u64| shards::ShardEntry { file: file(name, tokens * 2), tokens };
+    let shard = |name: &str, tokens: u64| shards::ShardEntry { file: file(name, tokens * 2), tokens, marks: None };
     shards::Index {
         format: 1,
         dtype: shards::TokenType::U16,
@@ -286,6 +286,7 @@ pub fn index() -> shards::Index {
         eos_id: 2,
         recipe: "00000000deadbeef".into(),
         tokenizer: file("tokenizer.json", 1_800_000),
+        documents: None,
         train: vec![shard("train-00000.bin", 1 << 20), shard("train-00001.bin", 77)],
         validation: vec![shard("validation-00000.bin", 1 << 10)],
     }

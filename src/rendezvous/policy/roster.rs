@@ -56,6 +56,8 @@ pub struct Place {
 pub enum Why {
     /// It was a member and did not answer.
     Silent,
+    /// It led, and its last heartbeat says that it left.
+    Left,
     /// Its program or its protocol differs.
     Program {
         /// Its own.
@@ -93,6 +95,7 @@ impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Silent => write!(f, "did not answer"),
+            Self::Left => write!(f, "left as its heartbeat says"),
             Self::Program { its, ours } => write!(f, "runs {its}, and the group runs {ours}"),
             Self::Kind { its, ours } => write!(f, "computes with {its:?}, and the group with {ours:?}"),
             Self::Kills(times) => write!(f, "ended the group {times} times at one step"),

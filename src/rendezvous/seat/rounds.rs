@@ -13,7 +13,7 @@ use crate::{
     ids::{Generation, NodeId},
     rendezvous::policy::{
         Roster,
-        roster::{Answers, Candidate, Composed, Formation, compose, may_grow},
+        roster::{Answers, Candidate, Composed, Formation, Why, compose, may_grow},
         succession::{ANSWER, GoOn, Heir, Leader, PROMISE, TakeOver},
     },
 };
@@ -237,7 +237,8 @@ impl<R: Rules> Seat<R> {
                 // It may have lost members meanwhile, or ended.
                 self.think_in(Duration::ZERO);
             }
-            Composed::Form(next) => {
+            Composed::Form(mut next) => {
+                self.tell_who_left(&mut next);
                 grounds.retain(|ground| !ground.is_empty());
                 self.form(round.generation, next, previous, grounds.join("; "));
             }
@@ -251,6 +252,16 @@ impl<R: Rules> Seat<R> {
                     self.fail();
                 }
                 self.think();
+            }
+        }
+    }
+
+    /// A leader that said good-bye is not taken for one that fell silent.
+    fn tell_who_left(&self, next: &mut Formation) {
+        let Some(leader) = self.leader().filter(|_| self.phase != Phase::Leader && self.suspect.left) else { return };
+        for (node, why) in &mut next.out {
+            if node == leader && *why == Why::Silent {
+                *why = Why::Left;
             }
         }
     }

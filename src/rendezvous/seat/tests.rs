@@ -5,7 +5,10 @@ use super::{testing::*, *};
 use crate::rendezvous::{
     heartbeat::State,
     membership::Listed,
-    policy::succession::{ANSWER, PROMISE},
+    policy::{
+        roster::Why,
+        succession::{ANSWER, PROMISE},
+    },
 };
 
 #[test]
@@ -87,6 +90,22 @@ fn a_follower_without_a_leader_is_busy_first_and_then_proposes() {
     assert_eq!(desk.pass(Duration::from_secs(5)), []);
     assert_eq!(invited(&desk.tell(Input::Busy(false))), Some((1, "c".into())), "a is gone");
     assert_eq!(forms(&desk.hear("c", ready(1, "c"))), Some("b c".into()));
+}
+
+#[test]
+fn a_leader_that_said_good_bye_is_not_said_to_be_silent() {
+    for (beat, why) in [(left(), Why::Left), (beat(State::Leader, 30), Why::Silent)] {
+        let mut desk = Desk::follower("b", "a b c");
+        desk.lose("a", true);
+        desk.beats(vec![("a", beat)]);
+        desk.pass(Duration::ZERO);
+        let out = desk.hear("c", ready(1, "c"));
+        let told = out.iter().find_map(|output| match output {
+            Output::Form { formation, .. } => Some(formation.out.clone()),
+            _ => None,
+        });
+        assert_eq!(told, Some(vec![(id("a"), why)]), "{out:?}");
+    }
 }
 
 #[test]

@@ -30,7 +30,7 @@ use crate::{
         group::{self, ToLeader, ToMember},
     },
     ids::{Generation, NodeId, NodeKey},
-    journal::{JournalWriter, RosterEntry},
+    journal::{FormedReason, JournalWriter, RosterEntry},
     layout,
     rendezvous::{
         channel::End,
@@ -39,7 +39,7 @@ use crate::{
         peers::{self, PeerEvent, Peers},
         policy::{
             Bounds, Member, Roster,
-            roster::{Formation, Place},
+            roster::{Formation, Place, Why},
         },
         seat::{Beat, Body, Input, Me, Output, Seat, Sound, Timer},
     },
@@ -92,7 +92,7 @@ pub struct Proposal {
     /// Its roster, as it is stored.
     pub roster: Vec<RosterEntry>,
     /// The nodes that are left out, and why.
-    pub out: Vec<(NodeId, String)>,
+    pub out: Vec<(NodeId, FormedReason, String)>,
     /// The generation before, if it has no recorded end.
     pub continues: Option<Roster>,
 }
@@ -691,10 +691,16 @@ impl Work {
         Proposal {
             generation,
             roster: formation.places.iter().map(entry).collect(),
-            out: formation.out.iter().map(|(node, why)| (node.clone(), why.to_string())).collect(),
+            out: formation.out.iter().map(left_out).collect(),
             continues,
         }
     }
+}
+
+/// A node that is left out, as the journal tells it.
+fn left_out((node, why): &(NodeId, Why)) -> (NodeId, FormedReason, String) {
+    let reason = if *why == Why::Left { FormedReason::NodeLeft } else { FormedReason::NodeLost };
+    (node.clone(), reason, why.to_string())
 }
 
 /// Tells the links where these nodes are, as far as their heartbeats say so.

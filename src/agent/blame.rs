@@ -32,7 +32,7 @@ const OF_A_LOSS: [&str; 8] = [
 
 /// A worker of this node that died by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Death {
+pub struct OwnDeath {
     /// The last step that it had finished.
     pub step: Step,
     /// Which one it is.
@@ -44,7 +44,7 @@ pub struct Death {
 /// What a node remembers of its own workers' deaths, from one generation to the next.
 #[derive(Clone, Debug, Default)]
 pub struct Blame {
-    deaths: Vec<Death>,
+    deaths: Vec<OwnDeath>,
     /// The group can do without this node.
     pub dispensable: bool,
     /// One has died in this generation.
@@ -71,7 +71,7 @@ impl Blame {
             return None;
         }
         let why = said.map_or_else(|| why.to_owned(), |said| format!("{said}; it {why}"));
-        self.deaths.push(Death { step, rank, why });
+        self.deaths.push(OwnDeath { step, rank, why });
         if self.deaths.len() > DEATHS {
             self.deaths.remove(0);
         }
@@ -121,11 +121,11 @@ impl<'a> Watch<'a> {
 }
 
 /// Decides after the last of `deaths`, in their order. `Some`: the node leaves, and why.
-pub fn decide(deaths: &[Death]) -> Option<String> {
+pub fn decide(deaths: &[OwnDeath]) -> Option<String> {
     let last = deaths.last()?;
     let near = deaths.windows(2).rev().take_while(|two| two[1].step.get().saturating_sub(two[0].step.get()) < PROGRESS);
     let times = near.count() + 1;
-    let Death { step, rank, why } = last;
+    let OwnDeath { step, rank, why } = last;
     (times >= DEATHS).then(|| {
         format!(
             "its workers have ended the group {times} times with less than {PROGRESS} steps in between, at last worker \
@@ -137,8 +137,8 @@ pub fn decide(deaths: &[Death]) -> Option<String> {
 /// The error of the node that leaves.
 pub fn leaves(why: &str) -> Error {
     Error::new(Kind::Unavailable, format!("this node leaves the run: {why}")).with_hint(
-        "the log of this process has the last lines of its workers, under trainer::worker; the other nodes go on without \
-         this one, and it may come back when the cause is cured",
+        "the log of this process has the last lines of its workers, under trainer::worker; the other nodes go on \
+         without this one, and it may come back when the cause is cured",
     )
 }
 
@@ -146,8 +146,11 @@ pub fn leaves(why: &str) -> Error {
 mod tests {
     use super::*;
 
-    fn deaths(steps: &[u64]) -> Vec<Death> {
-        steps.iter().map(|&step| Death { step: Step(step), rank: Rank(1), why: "killed by signal 11".into() }).collect()
+    fn deaths(steps: &[u64]) -> Vec<OwnDeath> {
+        steps
+            .iter()
+            .map(|&step| OwnDeath { step: Step(step), rank: Rank(1), why: "killed by signal 11".into() })
+            .collect()
     }
 
     #[test]

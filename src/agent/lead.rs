@@ -26,7 +26,7 @@ use super::{
     node::{Node, Part},
     phase::Event,
     save::{
-        fault::{Group, Reason, Standing, Tally, Verdict},
+        fault::{Consequence, Group, Reason, Standing, Tally},
         ledger::Transfer,
         upload::{self, SaveEvent, Snapshot},
     },
@@ -179,20 +179,20 @@ impl<'a> Lead<'a> {
     }
 
     /// Carries out a verdict, with the reason for each node.
-    fn obey(&mut self, verdict: Verdict, why: impl Fn(&Tally, &NodeId) -> String) -> Vec<Event> {
+    fn obey(&mut self, verdict: Consequence, why: impl Fn(&Tally, &NodeId) -> String) -> Vec<Event> {
         match verdict {
-            Verdict::GoOn => Vec::new(),
-            Verdict::LeaveOut(nodes) => {
+            Consequence::GoOn => Vec::new(),
+            Consequence::LeaveOut(nodes) => {
                 let nodes = nodes.into_iter().map(|node| (node.clone(), why(&self.tally, &node)));
                 self.others.leave_out_unfit(nodes.collect::<Vec<_>>())
             }
-            Verdict::HandOver => {
+            Consequence::HandOver => {
                 let why = why(&self.tally, &self.start.upload.node);
                 self.others.hands_over(&why);
                 self.hands_over = Some(why);
                 Vec::new()
             }
-            Verdict::Stay(nodes) => {
+            Consequence::Stay(nodes) => {
                 for node in nodes {
                     let why = why(&self.tally, &node);
                     let message = format!("node {node} stays, since too few nodes would be left without it: {why}");

@@ -40,7 +40,7 @@ pub struct Group {
 
 /// What follows.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Consequence {
     /// Nothing.
     GoOn,
     /// These are no members of the next generation.
@@ -63,21 +63,21 @@ impl Group {
         }
     }
 
-    fn without(&self, found: BTreeSet<NodeId>) -> Verdict {
+    fn without(&self, found: BTreeSet<NodeId>) -> Consequence {
         let left = self.members.difference(&found).count();
         if found.is_empty() {
-            Verdict::GoOn
+            Consequence::GoOn
         } else if left < self.min.max(1) {
-            Verdict::Stay(found)
+            Consequence::Stay(found)
         } else if found.contains(&self.leader) {
-            Verdict::HandOver
+            Consequence::HandOver
         } else {
-            Verdict::LeaveOut(found)
+            Consequence::LeaveOut(found)
         }
     }
 
     /// The verdict on a save that was given up because it did not end.
-    pub fn given_up(&self, standing: &Standing) -> Verdict {
+    pub fn given_up(&self, standing: &Standing) -> Consequence {
         self.without(self.at_fault(standing))
     }
 }
@@ -94,10 +94,10 @@ impl Tally {
 
     /// A save has failed: the verdict. Who can't be done without is named once, and again each time its failures have
     /// doubled.
-    pub fn failed(&mut self, standing: &Standing, group: &Group) -> Verdict {
+    pub fn failed(&mut self, standing: &Standing, group: &Group) -> Consequence {
         let found = group.at_fault(standing);
         if found.is_empty() {
-            return Verdict::GoOn;
+            return Consequence::GoOn;
         }
         self.0.retain(|node, _| found.contains(node));
         for node in found {
@@ -106,12 +106,12 @@ impl Tally {
         }
         let unfit = self.0.iter().filter(|(_, times)| **times >= FAILED_SAVES).map(|(node, _)| node.clone()).collect();
         match group.without(unfit) {
-            Verdict::Stay(nodes) => {
+            Consequence::Stay(nodes) => {
                 let due = |node: &NodeId| {
                     self.times(node).is_multiple_of(FAILED_SAVES) && (self.times(node) / FAILED_SAVES).is_power_of_two()
                 };
                 let nodes: BTreeSet<NodeId> = nodes.into_iter().filter(due).collect();
-                if nodes.is_empty() { Verdict::GoOn } else { Verdict::Stay(nodes) }
+                if nodes.is_empty() { Consequence::GoOn } else { Consequence::Stay(nodes) }
             }
             verdict => verdict,
         }
@@ -160,43 +160,43 @@ mod tests {
     }
 
     /// The verdicts on saves that fail one after the other because of these nodes; `!` is a commit.
-    fn verdicts(group: &Group, saves: &[&str]) -> Vec<Verdict> {
+    fn verdicts(group: &Group, saves: &[&str]) -> Vec<Consequence> {
         let mut tally = Tally::default();
         let verdict = |names: &&str| match *names {
             "!" => {
                 tally.saved();
-                Verdict::GoOn
+                Consequence::GoOn
             }
             names => tally.failed(&failed(names), group),
         };
         saves.iter().map(verdict).collect()
     }
 
-    fn last(group: &Group, saves: &[&str]) -> Verdict {
+    fn last(group: &Group, saves: &[&str]) -> Consequence {
         verdicts(group, saves).pop().unwrap()
     }
 
     #[test]
     fn a_node_whose_saves_fail_three_times_in_a_row_is_left_out_and_a_leader_hands_over() {
         let three = group("a b c", 2);
-        let out = Verdict::LeaveOut(ids("b"));
-        assert_eq!(verdicts(&three, &["b", "b", "b"]), [Verdict::GoOn, Verdict::GoOn, out.clone()]);
-        assert_eq!(last(&three, &["a", "a", "a"]), Verdict::HandOver);
-        assert_eq!(last(&three, &["", "", ""]), Verdict::HandOver, "all parts stand, and no record does");
-        assert_eq!(last(&three, &["", "a", ""]), Verdict::HandOver);
+        let out = Consequence::LeaveOut(ids("b"));
+        assert_eq!(verdicts(&three, &["b", "b", "b"]), [Consequence::GoOn, Consequence::GoOn, out.clone()]);
+        assert_eq!(last(&three, &["a", "a", "a"]), Consequence::HandOver);
+        assert_eq!(last(&three, &["", "", ""]), Consequence::HandOver, "all parts stand, and no record does");
+        assert_eq!(last(&three, &["", "a", ""]), Consequence::HandOver);
         for interrupted in [["b", "b", "!", "b"], ["b", "b", "c", "b"], ["b", "b", "", "b"]] {
-            assert_eq!(last(&three, &interrupted), Verdict::GoOn, "{interrupted:?}");
+            assert_eq!(last(&three, &interrupted), Consequence::GoOn, "{interrupted:?}");
         }
         assert_eq!(last(&three, &["b c", "b", "b"]), out, "another one's failure is its own");
-        assert_eq!(last(&three, &["a b", "a b", "a b"]), Verdict::Stay(ids("a b")), "one is too few");
+        assert_eq!(last(&three, &["a b", "a b", "a b"]), Consequence::Stay(ids("a b")), "one is too few");
     }
 
     #[test]
     fn a_store_that_is_away_for_all_is_nobodys_fault_and_changes_no_count() {
         let three = group("a b c", 1);
-        assert_eq!(last(&three, &["a b c"; 9]), Verdict::GoOn);
-        assert_eq!(last(&three, &["b", "b", "a b c", "b"]), Verdict::LeaveOut(ids("b")));
-        assert_eq!(last(&group("a", 1), &["a"; 9]), Verdict::GoOn, "alone");
+        assert_eq!(verdicts(&three, &["a b c"; 9]), vec![Consequence::GoOn; 9]);
+        assert_eq!(last(&three, &["b", "b", "a b c", "b"]), Consequence::LeaveOut(ids("b")));
+        assert_eq!(last(&group("a", 1), &["a"; 9]), Consequence::GoOn, "alone");
     }
 
     #[test]
@@ -205,27 +205,27 @@ mod tests {
         let named: Vec<usize> = verdicts(&two, &["b"; 30])
             .iter()
             .enumerate()
-            .filter(|(_, verdict)| **verdict == Verdict::Stay(ids("b")))
+            .filter(|(_, verdict)| **verdict == Consequence::Stay(ids("b")))
             .map(|(at, _)| at + 1)
             .collect();
         assert_eq!(named, [3, 6, 12, 24]);
-        assert_eq!(last(&two, &["", "", ""]), Verdict::Stay(ids("a")), "a leader, too");
-        assert_eq!(last(&group("a", 1), &["", "", ""]), Verdict::Stay(ids("a")), "and a node that is alone");
-        assert_eq!(last(&group("a b", 1), &["b"; 3]), Verdict::LeaveOut(ids("b")));
+        assert_eq!(last(&two, &["", "", ""]), Consequence::Stay(ids("a")), "a leader, too");
+        assert_eq!(last(&group("a", 1), &["", "", ""]), Consequence::Stay(ids("a")), "and a node that is alone");
+        assert_eq!(last(&group("a b", 1), &["b"; 3]), Consequence::LeaveOut(ids("b")));
     }
 
     #[test]
     fn a_save_that_does_not_end_is_the_fault_of_those_that_keep_it() {
         let standing = |missing: &str, failed: &str| Standing { missing: ids(missing), failed: ids(failed) };
         for (min, missing, failed, verdict) in [
-            (2, "c", "", Verdict::LeaveOut(ids("c"))),
-            (1, "c", "b", Verdict::LeaveOut(ids("b c"))),
-            (2, "c", "b", Verdict::Stay(ids("b c"))),
-            (1, "a", "", Verdict::HandOver),
-            (1, "a b", "", Verdict::HandOver),
-            (1, "", "", Verdict::HandOver),
-            (1, "a b c", "", Verdict::GoOn),
-            (1, "a", "b c", Verdict::GoOn),
+            (2, "c", "", Consequence::LeaveOut(ids("c"))),
+            (1, "c", "b", Consequence::LeaveOut(ids("b c"))),
+            (2, "c", "b", Consequence::Stay(ids("b c"))),
+            (1, "a", "", Consequence::HandOver),
+            (1, "a b", "", Consequence::HandOver),
+            (1, "", "", Consequence::HandOver),
+            (1, "a b c", "", Consequence::GoOn),
+            (1, "a", "b c", Consequence::GoOn),
         ] {
             assert_eq!(group("a b c", min).given_up(&standing(missing, failed)), verdict, "{missing:?} {failed:?}");
         }

@@ -219,8 +219,8 @@ fn unfit(candidate: &Candidate, me: &Candidate, kind: &str, bounds: Bounds) -> O
     None
 }
 
-/// Leaves out newcomers whose saves have failed, where there are enough others: they were left out for that before. Such
-/// a node does not lead others that can save. A member stays, whatever became of it: it was needed, or the leader
+/// Leaves out newcomers whose saves have failed, where there are enough others: they were left out for that before.
+/// Such a node does not lead others that can save. A member stays, whatever became of it: it was needed, or the leader
 /// leaves it out by name. `Some`: why this node does not propose.
 fn part_with_unsafe(
     view: &Answers<'_>,

@@ -161,7 +161,6 @@ fn the_held_out_loss_is_the_mean_over_targets_on_any_world() {
 
 #[test]
 fn a_step_without_any_target_is_refused_by_every_rank() {
-    use crate::error::Explain;
     let run = marked(Ddp, 2, |token| (token == 0, false));
     let errors = everywhere(2, |group| {
         let error = rank(&run, group, None).0.forward_backward(Step(3)).unwrap_err();

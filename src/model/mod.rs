@@ -1,6 +1,6 @@
 //! The models that can be trained.
 //!
-//! A model is described by a Hugging Face `config.json`, whose architecture is one of the [`families`], and holds its
+//! A model is described by a Hugging Face `config.json`, whose architecture is one of the `families`, and holds its
 //! parameters as an ordered list under their Hugging Face names: the order is the order of registration with the
 //! gradient reducer, the names are those in checkpoints.
 //!

@@ -1,6 +1,6 @@
 //! One decoder for all families: token embeddings, blocks of attention and a gated feed-forward layer, a linear head.
 //!
-//! It computes a [`DecoderConfig`], as Hugging Face's models of the families in [`super::families`] do: RMSNorm before
+//! It computes a [`DecoderConfig`], as Hugging Face's models of the families in `super::families` do: RMSNorm before
 //! each half of a block, after it, or both; rotary positions; grouped-query attention, over a window where a layer has
 //! one; a gate with SiLU or GELU.
 //!

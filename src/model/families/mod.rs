@@ -130,7 +130,7 @@ pub(super) fn of(keys: &Keys<'_>) -> Result<&'static Family, ModelError> {
         (_, Some(model_type)) => (model_type.to_string(), model_type.as_str().into_iter().collect()),
         (_, None) => ("no architecture".to_owned(), Vec::new()),
     };
-    let by_type = !keys.get("architectures").is_some_and(|value| !unnamed(value));
+    let by_type = keys.get("architectures").is_none_or(unnamed);
     let is_named = |family: &Family| match by_type {
         true => names.contains(&family.model_type),
         false => family.architectures.iter().any(|known| names.contains(known)),

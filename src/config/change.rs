@@ -33,9 +33,7 @@ pub fn effect(key: &str) -> Effect {
             Effect::Fixed("it cuts the samples: those already seen would come again, others never")
         }
         "train.seed" => Effect::Fixed("it orders the samples: those already seen would come again, others never"),
-        "train.epochs" => {
-            Effect::Fixed("it became train.steps when the run was created: give that another value")
-        }
+        "train.epochs" => Effect::Fixed("it became train.steps when the run was created: give that another value"),
         "train.optimizer.kind" => Effect::Fixed("the checkpoints hold this optimizer's moments"),
         // The samples' cursor and the tensors are independent of the number of workers and of what each of them keeps:
         // only the order in which gradients are summed depends on it. The device is a machine's own choice, as its kind

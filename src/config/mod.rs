@@ -21,6 +21,8 @@ mod lora_tests;
 #[cfg(test)]
 mod network_tests;
 #[cfg(test)]
+mod stored_tests;
+#[cfg(test)]
 mod tests;
 
 use std::{net::IpAddr, time::Duration};

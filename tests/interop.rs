@@ -21,7 +21,7 @@ use trainer::{
 
 use crate::support::lab::{Lab, ORIGIN, data_set};
 
-const VERSION_4: (&str, &str) = ("transformers-4", include_str!("interop/transformers-4.txt"));
+pub const VERSION_4: (&str, &str) = ("transformers-4", include_str!("interop/transformers-4.txt"));
 pub const VERSION_5: (&str, &str) = ("transformers-5", include_str!("interop/transformers-5.txt"));
 pub const TORCH: (&str, &str) = ("torch", include_str!("interop/torch.txt"));
 

@@ -34,6 +34,7 @@ mod outputs;
 mod prepare_inputs;
 mod protocol_model;
 mod protocol_random;
+mod real_model;
 mod rendezvous_sim;
 mod rules;
 mod simulate;

@@ -71,13 +71,15 @@ struct Layer {
 
 /// The projections to queries, keys and values.
 enum Inputs {
-    Apart {
-        query: Linear,
-        key: Linear,
-        value: Linear,
-    },
+    Apart(Box<Apart>),
     /// Their rows are those of the three, in this order.
     Fused(Linear),
+}
+
+struct Apart {
+    query: Linear,
+    key: Linear,
+    value: Linear,
 }
 
 /// The projections into the feed-forward layer.
@@ -117,11 +119,11 @@ impl Parts {
             let inputs = if config.fused {
                 Inputs::Fused(linear("self_attn.qkv_proj", biases.inputs)?)
             } else {
-                Inputs::Apart {
+                Inputs::Apart(Box::new(Apart {
                     query: linear("self_attn.q_proj", biases.inputs)?,
                     key: linear("self_attn.k_proj", biases.inputs)?,
                     value: linear("self_attn.v_proj", biases.inputs)?,
-                }
+                }))
             };
             let gate = if config.fused {
                 Gate::Fused(linear("mlp.gate_up_proj", biases.mlp)?)
@@ -219,10 +221,10 @@ impl Decoder {
             }
         };
         let (query, key, value) = match &layer.inputs {
-            Inputs::Apart { query, key, value } => (
-                turned(self.linear(&normed, query)?, &layer.query_norm, heads)?,
-                turned(self.linear(&normed, key)?, &layer.key_norm, shared)?,
-                self.linear(&normed, value)?.f_view([batch, len, shared, width])?,
+            Inputs::Apart(apart) => (
+                turned(self.linear(&normed, &apart.query)?, &layer.query_norm, heads)?,
+                turned(self.linear(&normed, &apart.key)?, &layer.key_norm, shared)?,
+                self.linear(&normed, &apart.value)?.f_view([batch, len, shared, width])?,
             ),
             Inputs::Fused(inputs) => {
                 let all = self.linear(&normed, inputs)?;

@@ -33,7 +33,7 @@ impl Model {
         std::fs::copy(source, lab.path("model/chat_template.jinja")).expect("copy");
         let model = Self { lab };
         model.write("model/tokenizer_config.json", corpus["templates"][template].to_string());
-        model.write("model/config.json", "{\"eos_token_id\": 9}");
+        model.write("model/config.json", "{}");
         model.write("model/generation_config.json", "{\"temperature\": 0.25}");
         let chats = corpus["chats"].as_object().expect("chats").iter().filter(|(name, _)| *name != "calls");
         model.write("chats.jsonl", chats.map(|(_, chat)| format!("{chat}\n")).collect::<String>());

@@ -82,7 +82,8 @@ impl Generate {
         // The files are no longer needed, and a long text may be interrupted.
         drop(folder);
 
-        let mut prompt = tokenizer.encode(&self.prompt)?;
+        let mut prompt: Vec<u32> = tokenizer.bos_id()?.into_iter().collect();
+        prompt.extend(tokenizer.encode(&self.prompt)?);
         if prompt.is_empty() {
             // A document begins after the end of another one.
             prompt.push(tokenizer.eos_id());

@@ -53,15 +53,19 @@ impl Given {
         Ok(tokens)
     }
 
-    /// The ids that the model's description has for the end of a text.
+    /// The ids with which the model ends a text: those of its description first, then those of its generation settings.
     pub(super) fn eos_ids(&self) -> Result<Vec<u32>, DataError> {
-        let config = self.object(MODEL_CONFIG)?;
-        let ids = config.as_ref().and_then(|config| config.get("eos_token_id")).cloned().unwrap_or_default();
         let one = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
-        Ok(match &ids {
-            Value::Array(ids) => ids.iter().filter_map(one).collect(),
-            id => one(id).into_iter().collect(),
-        })
+        let mut found = Vec::new();
+        for name in [MODEL_CONFIG, GENERATION_CONFIG] {
+            let object = self.object(name)?;
+            match object.as_ref().and_then(|object| object.get("eos_token_id")) {
+                Some(Value::Array(ids)) => found.extend(ids.iter().filter_map(one)),
+                Some(id) => found.extend(one(id)),
+                None => {}
+            }
+        }
+        Ok(found)
     }
 
     /// The folder's chat template; of several, the one named "default".

@@ -108,26 +108,40 @@ pub(super) struct Prepared {
     pub chats: Option<Chats>,
 }
 
-/// Loads a given tokenizer, with the end token that the settings, the folder or the tokenizer name, in this order.
+/// Loads a given tokenizer, with the end token that the settings, the folder or the tokenizer name, in this order. A
+/// folder's tokenizer may name another end than its model has: the model's counts, since it is the model that ends.
 pub(super) fn load(given: &Given, settings: &PrepareSettings) -> Result<Prepared, DataError> {
     let framing = framing(&given.json, &given.name)?;
-    let tokens = given.special_tokens()?;
-    let ids: Vec<u32> = match (tokens.get("eos_token"), framing.eos_id) {
-        (None, Some(id)) => vec![id],
-        (None, None) => given.eos_ids()?,
-        _ => Vec::new(),
+    let (tokens, models) = (given.special_tokens()?, given.eos_ids()?);
+    let load = |end| TextTokenizer::from_json(given.json.clone(), &given.name, end);
+    let tokenizer = match (&settings.eos_token, tokens.get("eos_token"), framing.eos_id) {
+        (Some(token), ..) => load(EndToken::Named(token))?,
+        (None, Some(token), _) => {
+            let named = load(EndToken::Named(token))?;
+            let ends = models.is_empty() || models.contains(&named.eos_id());
+            if ends { named } else { of_the_model(given, token, load(EndToken::OneOf(&models))?) }
+        }
+        (None, None, Some(id)) => load(EndToken::OneOf(&[id]))?,
+        (None, None, None) if models.is_empty() => load(EndToken::Known)?,
+        (None, None, None) => load(EndToken::OneOf(&models))?,
     };
-    let end = match (&settings.eos_token, tokens.get("eos_token")) {
-        (Some(token), _) | (None, Some(token)) => EndToken::Named(token),
-        (None, None) if ids.is_empty() => EndToken::Known,
-        (None, None) => EndToken::OneOf(&ids),
-    };
-    let tokenizer = TextTokenizer::from_json(given.json.clone(), &given.name, end)?;
     let chats = match settings.layout.format {
         DocumentFormat::Text => None,
         DocumentFormat::Chat => Some(chats(given, settings, &tokenizer, &tokens)?),
     };
     Ok(Prepared { tokenizer, framing, chats })
+}
+
+/// Says that the model's end token is taken, not the one that the tokenizer's settings name.
+fn of_the_model(given: &Given, token: &str, model: TextTokenizer) -> TextTokenizer {
+    let ids = [model.eos_id()];
+    let text = model.decode(&ids).unwrap_or_default();
+    tracing::warn!(
+        "{}: the tokenizer's settings end a text with {token:?}, the model with {text:?}, which is taken; --eos-token \
+         names another one",
+        given.name
+    );
+    model
 }
 
 fn chats(
@@ -162,4 +176,49 @@ pub(super) fn documents(given: Option<&Given>, settings: &PrepareSettings, frami
         files,
         ..Documents::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        data::prepare::TokenizerSource,
+        layout::{GENERATION_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG},
+    };
+
+    #[test]
+    fn a_text_ends_with_the_tokenizers_end_token_unless_the_model_has_others() {
+        let added = |id: u32, content: &str| {
+            json!({
+                "id": id, "content": content, "special": true, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false,
+            })
+        };
+        let tokenizer = json!({
+            "version": "1.0", "added_tokens": [added(1, "<|stop|>"), added(2, "<|data|>"), added(3, "</s>")],
+            "model": { "type": "WordLevel", "unk_token": "?", "vocab": { "a": 0 } },
+        });
+        let file = |name: &str, value: serde_json::Value| (name.to_owned(), Bytes::from(value.to_string()));
+        let ends = |model: serde_json::Value, generation: serde_json::Value, asked: Option<&str>| {
+            let files = vec![
+                file(TOKENIZER_CONFIG, json!({"eos_token": "<|data|>"})),
+                file(MODEL_CONFIG, json!({ "eos_token_id": model })),
+                file(GENERATION_CONFIG, json!({ "eos_token_id": generation })),
+            ];
+            let given = Given { name: "model".into(), json: tokenizer.to_string().into_bytes(), files };
+            let mut settings = PrepareSettings::new(Vec::new(), TokenizerSource::File("model".into()), "out");
+            settings.eos_token = asked.map(str::to_owned);
+            load(&given, &settings).unwrap().tokenizer.eos_id()
+        };
+        assert_eq!(ends(json!(null), json!(null), None), 2);
+        assert_eq!(ends(json!(2), json!(null), None), 2);
+        assert_eq!(ends(json!([1, 2]), json!(null), None), 2, "one of several");
+        assert_eq!(ends(json!(1), json!([2, 1]), None), 2, "the generation settings know it");
+        assert_eq!(ends(json!(1), json!(null), None), 1, "the model has another one");
+        assert_eq!(ends(json!(null), json!([1]), None), 1);
+        assert_eq!(ends(json!(1), json!(1), Some("</s>")), 3, "a person names one");
+    }
 }

@@ -12,7 +12,7 @@
 //! - The index has the size, the CRC64-NVME and the counts of each file. The first bits and the last are checked when
 //!   a dataset is opened, all others when they are read.
 //!
-//! *Crash, retry, cancel:* as for the shards, whose index names these files too ([`super::prepare`]).
+//! *Crash, retry, cancel:* as for the shards, whose index names these files too ([`mod@super::prepare`]).
 
 use serde::{Deserialize, Serialize};
 

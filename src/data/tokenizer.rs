@@ -245,6 +245,11 @@ impl TextTokenizer {
         self.eos_id
     }
 
+    /// The token that the tokenizer puts before each text, if it does.
+    pub fn bos_id(&self) -> Result<Option<u32>, DataError> {
+        Ok(framing(&self.json, crate::layout::TOKENIZER)?.bos_id)
+    }
+
     /// The stored form: the loaded file as it was, or the trained tokenizer.
     pub fn json(&self) -> &[u8] {
         &self.json

@@ -1,12 +1,12 @@
 //! The description of a decoder: what it computes, whatever family's `config.json` said so.
 //!
-//! A family's file (see [`super::super::families`]) fills one of these in, and [`DecoderConfig::checked`] is the one
+//! A family's file (see [`super::super::families`]) fills one of these in, and `DecoderConfig::checked` is the one
 //! place that holds it against the bounds of this program. Everything that depends on the description alone is here:
 //! the names, the extents and the order of the parameters.
 
 use crate::model::ModelError;
 
-/// A decoder's shape and constants. All values are within the bounds that [`DecoderConfig::checked`] demands.
+/// A decoder's shape and constants. All values are within the bounds that `DecoderConfig::checked` demands.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
     /// Tokens.

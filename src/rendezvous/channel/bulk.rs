@@ -1,7 +1,7 @@
 //! Bulk connections: bytes of files that one node's memory has and another one of its generation needs.
 //!
 //! They lie beside the links, so that no ping waits behind them: the same port, the same TLS and the same keys. Which
-//! of the two a connection is, its handshake says by the application protocol [`NAME`] (RFC 7301). A node of a version
+//! of the two a connection is, its handshake says by the application protocol `NAME` (RFC 7301). A node of a version
 //! that does not know bulk connections chooses none, and the one that dials reads [`NotLent::Unknown`] before it has
 //! said a word.
 //!
@@ -17,9 +17,9 @@
 //! ```
 //!
 //! # Limits
-//! A question has at most [`MAX_ASK`] bytes, a read at most [`MAX_READ`], and each length is checked before memory is
+//! A question has at most `MAX_ASK` bytes, a read at most `MAX_READ`, and each length is checked before memory is
 //! taken for it. Both sides bound each read in time ([`read_limit`]), so a node that stops reading, or answers at a
-//! crawl, is given up; [`IDLE`] bounds the time between two questions. What is lent, and to whom, is the owner's
+//! crawl, is given up; `IDLE` bounds the time between two questions. What is lent, and to whom, is the owner's
 //! decision ([`Lends`]). The reader trusts nothing: it compares the whole file with its manifest.
 //!
 //! *Crash, cancel:* the connection ends, and the reader gets an error. *Retry:* none here; the store has every file.
@@ -134,7 +134,7 @@ pub enum NotLent {
 
 /// What a node lends to others.
 pub trait Lends: Send + Sync {
-    /// The names of the files of this checkpoint that `node` may read now. It may wait, at most for [`OPENING`], until
+    /// The names of the files of this checkpoint that `node` may read now. It may wait, at most for `OPENING`, until
     /// this node takes part in the generation.
     fn names(&self, node: &NodeId, wanted: &Wanted) -> impl Future<Output = Result<Vec<String>, Refusal>> + Send;
     /// Whether `node` may read this part now.

@@ -216,7 +216,7 @@ fn a_run_from_random_weights_has_its_tokenizers_settings() {
     let settings: Value =
         serde_json::from_slice(&lab.read(ORIGIN, &format!("{folder}/tokenizer_config.json"))).expect("JSON");
     let expected = json!({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
-        "model_max_length": 128,
+        "model_max_length": 128, "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": false});
     assert_eq!(settings, expected);
     let exported = read(&lab.path(&format!("export-{ORIGIN}")).join("tokenizer_config.json"));

@@ -105,7 +105,7 @@ impl Real {
         let theirs = ask(VERSION_5, &["answer", &text, PROMPT, &TOKENS.to_string()])?;
         let ask_ours = ["--prompt", PROMPT, "--temperature", "0", "--tokens", &TOKENS.to_string(), "--json"];
         let ours = self.lab.about("generate", run).args(&ask_ours).finish().expect_code(0);
-        let said: Value = serde_json::from_str(ours.not_json().first().map_or("", String::as_str)).unwrap_or_default();
+        let said: Value = serde_json::from_str(&ours.stdout).expect("JSON");
         assert_eq!(said["text"], theirs["text"], "{}", ours.story());
         Some(())
     }

@@ -432,6 +432,8 @@ fn tokenizer_config(tokens: &Tokens, description: &Value, longest: u32) -> Value
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": longest,
         "clean_up_tokenization_spaces": false,
+        // That class has a third input, which no decoder takes: version 4 would refuse to generate.
+        "model_input_names": ["input_ids", "attention_mask"],
     });
     if let Some(eos) = tokens.eos() {
         settings["eos_token"] = eos.into();
@@ -529,7 +531,7 @@ mod tests {
         let (files, said) = made(json!({"bos_token_id": 1}), None);
         let settings = json!({
             "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, "clean_up_tokenization_spaces": false,
-            "eos_token": "<|end|>", "bos_token": "<|begin|>",
+            "eos_token": "<|end|>", "bos_token": "<|begin|>", "model_input_names": ["input_ids", "attention_mask"],
         });
         assert_eq!(files[layout::TOKENIZER_CONFIG], settings);
         assert_eq!(files[layout::GENERATION_CONFIG], json!({"eos_token_id": 0, "bos_token_id": 1}));

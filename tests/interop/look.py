@@ -46,6 +46,7 @@ def main():
     same("an id beyond the vocabulary", [id for id in ids if id >= config.vocab_size], [])
     same("the ids of the text", ids, expected["ids"])
     same("the text of the ids", tokenizer.decode(ids), expected["text"])
+    same("what the model is given", tokenizer.model_input_names, ["input_ids", "attention_mask"])
     # Special tokens that were not asked for would be looked up in an embedding without a row for them.
     same("the highest id", max(tokenizer.get_vocab().values()) < config.vocab_size, True)
     same("the longest text", tokenizer.model_max_length, config.max_position_embeddings)

@@ -35,9 +35,10 @@ pub(super) const COMPUTED: [&str; 18] = [
 ];
 
 /// Keys that don't affect the mathematics of training, whatever their value.
-pub(super) const HARMLESS: [&str; 71] = [
+pub(super) const HARMLESS: [&str; 72] = [
     // Where it comes from, and who wrote it.
     "_commit_hash",
+    "_model_name_or_path",
     "_name_or_path",
     "model_max_length",
     "max_sequence_length",

@@ -11,6 +11,7 @@
 //!      model-00001-of-00004.safetensors     model.safetensors.index.json
 //!      config.json  tokenizer.json  generation_config.json
 //!      tokenizer_config.json, and other files of a tokenizer where the run's weights came with them
+//!      adapter_model.safetensors            adapter_config.json, instead of all weights, where adapters are trained
 //!      optimizer-00001-of-00004.safetensors trainer_state.json  receipt-<node-id>.json  manifest.json
 //! ```
 //! Numbers are padded so that listings read well, but they are compared as numbers: padding is not a limit.
@@ -62,6 +63,11 @@ pub const TOKENIZER_FILES: [&str; 14] = [
 pub const GENERATION_CONFIG: &str = "generation_config.json";
 /// Name of a whole model in one file (Hugging Face).
 pub const MODEL: &str = "model.safetensors";
+/// Name of the file with a model's adapters (PEFT).
+pub const ADAPTER: &str = "adapter_model.safetensors";
+/// Name of the description of a model's adapters (PEFT).
+pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+
 /// Folder, at the root of the store, of the probe keys.
 pub const PROBES: &str = ".trainer-probes";
 

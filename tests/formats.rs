@@ -1,8 +1,9 @@
 //! Stored formats: objects of released versions stay readable forever; hostile objects are errors.
 //!
-//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` to `v4/` what later versions
-//! have added. They never change: a new version gets its own folder. `fixtures/formats/hostile/` holds objects that
-//! once looked dangerous. Both are read by the same functions that read the store.
+//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` to `v5/` what later versions
+//! have added, `dataset-2/` what format 2 of datasets has. They never change: a new version gets its own folder.
+//! `fixtures/formats/hostile/` holds objects that once looked dangerous.
+//! All are read by the same functions that read the store.
 
 use std::{fs, path::PathBuf};
 
@@ -103,6 +104,16 @@ fn written_by_version_4() -> Vec<(String, Vec<u8>)> {
     all
 }
 
+/// What version 5 has added, as this version writes it.
+fn written_by_version_5() -> Vec<(String, Vec<u8>)> {
+    encoded(samples::records_of_version_5())
+}
+
+/// What format 2 of datasets has added, as this version writes it.
+fn written_by_format_2_of_datasets() -> Vec<(String, Vec<u8>)> {
+    vec![("index.json".into(), samples::index_of_format_2().to_bytes())]
+}
+
 fn encoded(records: Vec<Record>) -> Vec<(String, Vec<u8>)> {
     let name = |record: &Record| format!("journal-{}.json", record.kind());
     records.into_iter().map(|record| (name(&record), samples::entry(record).encode().expect("short"))).collect()
@@ -145,6 +156,8 @@ fn objects_of_earlier_versions_are_read_to_the_same_value() {
     read_to_the_same_value("v2", written_by_version_2());
     read_to_the_same_value("v3", written_by_version_3());
     read_to_the_same_value("v4", written_by_version_4());
+    read_to_the_same_value("v5", written_by_version_5());
+    read_to_the_same_value("dataset-2", written_by_format_2_of_datasets());
 }
 
 fn read_to_the_same_value(version: &str, written: Vec<(String, Vec<u8>)>) {
@@ -181,7 +194,8 @@ fn records_are_written_to_the_byte_as_they_ever_were() {
 fn each_record_is_written_in_the_lowest_version_that_can_hold_it() {
     let (first, second) = (samples::records(), samples::records_of_version_2());
     let (third, fourth) = (samples::records_of_version_3(), samples::records_of_version_4());
-    for (version, records) in [(1, first), (2, second), (3, third), (4, fourth)] {
+    let fifth = samples::records_of_version_5();
+    for (version, records) in [(1, first), (2, second), (3, third), (4, fourth), (5, fifth)] {
         for record in records {
             assert_eq!(record.format(), version, "{}", record.kind());
         }
@@ -194,7 +208,7 @@ fn a_newer_format_differs_from_damage() {
         let Ok(text) = String::from_utf8(bytes) else { continue };
         let next = match name.split(['.', '-']).next() {
             Some("journal") => FORMAT + 1,
-            Some("heartbeat") => 3,
+            Some("heartbeat" | "index") => 3,
             _ => 2,
         };
         let newer = text.replacen("\"format\": 1", &format!("\"format\": {next}"), 1).replacen(
@@ -236,6 +250,8 @@ fn kinds() -> Vec<(String, Vec<u8>)> {
     let messages = messages().into_iter().enumerate();
     let messages = messages.map(|(i, bytes)| (format!("{}-{i}", if i < 3 { "toworker" } else { "fromworker" }), bytes));
     let later = written_by_version_2().into_iter().chain(written_by_version_3()).chain(written_by_version_4());
+    let later = later.chain(written_by_version_5());
+    let later = later.chain(written_by_format_2_of_datasets());
     written().into_iter().chain(later).chain(messages).collect()
 }
 

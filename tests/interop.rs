@@ -9,20 +9,28 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use trainer::data::tokenizer::TextTokenizer;
+use tch::Tensor;
+use trainer::{
+    config::ModelKind,
+    data::tokenizer::TextTokenizer,
+    model::{
+        self,
+        generate::{GenerateSettings, generate},
+    },
+};
 
 use crate::support::lab::{Lab, ORIGIN, data_set};
 
-const VERSION_4: (&str, &str) = ("transformers-4", include_str!("interop/transformers-4.txt"));
-const VERSION_5: (&str, &str) = ("transformers-5", include_str!("interop/transformers-5.txt"));
-const TORCH: (&str, &str) = ("torch", include_str!("interop/torch.txt"));
+pub const VERSION_4: (&str, &str) = ("transformers-4", include_str!("interop/transformers-4.txt"));
+pub const VERSION_5: (&str, &str) = ("transformers-5", include_str!("interop/transformers-5.txt"));
+pub const TORCH: (&str, &str) = ("torch", include_str!("interop/torch.txt"));
 
 /// Text that a tokenizer may get wrong: spaces in a row and before a mark, other alphabets, an end token that is spelt
 /// out.
 const TEXT: &str = "the machine counted  every step , again\n\tgr\u{fc}n \u{1f980}";
 
 /// An environment that `tests/interop/setup` has created; `None`, with a line on standard output, if it is missing.
-fn environment((name, list): (&str, &str)) -> Option<PathBuf> {
+pub fn environment((name, list): (&str, &str)) -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
     // The script asks the same program.
@@ -70,6 +78,20 @@ fn look(folder: &Path, rope_theta: f64) {
     }
 }
 
+/// The ids in `tests/fixtures/chat/expected.json`, to which the chats of `data prepare` are held, are theirs.
+#[test]
+fn chats_have_the_ids_that_transformers_gives() {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    for version in [VERSION_4, VERSION_5] {
+        let Some(transformers) = environment(version) else { continue };
+        let mut command = Command::new("python3");
+        command.arg(tests.join("interop/chats.py")).arg(tests.join("fixtures/chat"));
+        let output = command.env("PYTHONPATH", transformers).output().expect("start python3");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: {said}", version.0);
+    }
+}
+
 #[test]
 fn a_checkpoint_is_opened_by_transformers() {
     let lab = Lab::on_interrupted_run();
@@ -95,4 +117,81 @@ fn an_export_of_a_run_in_the_newest_spelling_is_opened_by_both_versions() {
     lab.run("second").args(&few).args(&["--set", &init]).finish().expect_code(0);
     lab.export("second");
     look(&lab.path("export-second"), 250_000.0);
+}
+
+/// Runs `families.py`; `None`: something that it needs is not installed.
+fn families(version: (&str, &str), arguments: &[String]) -> Option<Value> {
+    let (transformers, torch) = (environment(version)?, environment(TORCH)?);
+    let output = Command::new("python3")
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/families.py"))
+        .args(arguments)
+        .env("LD_LIBRARY_PATH", format!("{0}/stubs:{0}/nvidia/cu13/lib", torch.display()))
+        .env("CUDA_VISIBLE_DEVICES", "")
+        .env("OMP_NUM_THREADS", "1")
+        .env("PYTHONPATH", format!("{}:{}", transformers.display(), torch.display()))
+        .output()
+        .expect("start python3");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{} {arguments:?}: {said}", version.0);
+    Some(serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}")))
+}
+
+/// A prompt that is longer than the windows of those models.
+const PROMPT: [u32; 12] = [3, 17, 250, 4, 99, 301, 8, 8, 44, 500, 1, 63];
+
+/// Our logits and our greedy text for a folder against those of transformers.
+#[track_caller]
+fn agree(what: &str, folder: &Path, theirs: &Value) {
+    let model = model::from_folder(ModelKind::Decoder, folder).unwrap_or_else(|error| panic!("{what}: {error}"));
+    let ids: Vec<i64> = PROMPT.iter().map(|&id| id.into()).collect();
+    let logits = model.logits(&Tensor::from_slice(&ids).unsqueeze(0)).expect("logits").detach().flatten(0, -1);
+    let logits = Vec::<f32>::try_from(&logits).expect("numbers");
+    let expected: Vec<f64> = serde_json::from_value(theirs["logits"].clone()).expect("numbers");
+    assert_eq!(logits.len(), expected.len(), "{what}");
+    let far = logits.iter().zip(&expected).map(|(&own, their)| (f64::from(own) - their).abs()).fold(0.0, f64::max);
+    assert!(far < 1e-5, "{what}: logits differ by {far:e}");
+    let settings = GenerateSettings { max_new_tokens: 8, temperature: 0.0, seed: 0, stop: Vec::new() };
+    let made = generate(model.as_ref(), &PROMPT, &settings, |_| true).expect("text");
+    assert_eq!(json!(made), theirs["made"], "{what}");
+    println!("{what}: logits differ by at most {far:.1e}");
+}
+
+/// A folder of transformers gives us its model; a run starts from it, and both versions open what it exports.
+#[test]
+fn every_family_goes_from_transformers_to_us_and_back() {
+    if std::env::var_os("TRAINER_TESTS_ALL").is_none() {
+        return;
+    }
+    let lab = Lab::on_files();
+    let path = |folder: &Path| folder.display().to_string();
+    let (out, tokenizer) = (lab.path("families"), data_set().join("tokenizer.json"));
+    let Some(names) = families(VERSION_5, &["make".into(), path(&out), path(&tokenizer), "512".into()]) else { return };
+    let names: Vec<String> = serde_json::from_value(names).expect("names");
+    assert_eq!(names.len(), 8);
+    let read = |version, folders: Vec<PathBuf>| {
+        let arguments = ["read".to_owned(), json!(PROMPT).to_string()].into_iter();
+        families(version, &arguments.chain(folders.iter().map(|folder| path(folder))).collect::<Vec<_>>())
+    };
+    let theirs = read(VERSION_5, names.iter().map(|name| out.join(name)).collect()).expect("installed");
+    for (at, name) in names.iter().enumerate() {
+        agree(&format!("{name} of transformers"), &out.join(name), &theirs[at]);
+        let settings = [
+            format!("model.init_from=file://{}", out.join(name).display()),
+            "model.config=\"\"".into(),
+            "train.steps=2".into(),
+            "train.schedule.warmup_steps=1".into(),
+            "checkpoint.every=2 steps".into(),
+        ];
+        let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+        lab.run(name).args(&settings).finish().expect_code(0);
+        lab.export(name);
+    }
+    for version in [VERSION_5, VERSION_4] {
+        let exports = names.iter().map(|name| lab.path(&format!("export-{name}")));
+        let Some(theirs) = read(version, exports.collect()) else { continue };
+        for (at, name) in names.iter().enumerate() {
+            agree(&format!("{name} of ours in {}", version.0), &lab.path(&format!("export-{name}")), &theirs[at]);
+            assert_eq!(theirs[at]["dtype"], json!(["float32", "float32"]), "{name}");
+        }
+    }
 }

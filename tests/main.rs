@@ -5,6 +5,7 @@
 mod support;
 
 mod boot;
+mod chats;
 mod crash;
 mod damage;
 mod dataset;
@@ -22,6 +23,7 @@ mod integrity;
 mod interop;
 mod interruption;
 mod journal;
+mod lora;
 mod members_model;
 mod metadata;
 mod model_folder;
@@ -32,6 +34,7 @@ mod outputs;
 mod prepare_inputs;
 mod protocol_model;
 mod protocol_random;
+mod real_model;
 mod rendezvous_sim;
 mod rules;
 mod simulate;

@@ -4,6 +4,7 @@
 //! last digit. After a change of the world they are equal within the rounding of sums.
 
 pub mod faults;
+mod leads;
 mod leaving;
 mod memory;
 mod slots;
@@ -96,7 +97,7 @@ fn leads(event: &Event) -> bool {
 /// Starts nodes that are the first generation together. It waits only seconds for one more node, and this machine may
 /// be busy: so each stops before its first beat until all are there.
 #[track_caller]
-fn at_once<const N: usize>(nodes: [Trainer; N]) -> [Running; N] {
+pub fn at_once<const N: usize>(nodes: [Trainer; N]) -> [Running; N] {
     let all = nodes.map(|node| node.faults("seat.before-beat=stop@hit=1").start());
     for node in &all {
         assert!(node.stopped(), "it waits for the others");
@@ -137,7 +138,7 @@ fn in_order_of_the_roster<const N: usize>(lab: &Lab, mut all: [Running; N]) -> [
     all
 }
 
-fn leader_and_follower(one: Running, two: Running) -> (Running, Running) {
+pub fn leader_and_follower(one: Running, two: Running) -> (Running, Running) {
     let formed = |running: &Running| leads(&running.wait_for("formed", |event| event.kind() == "formed"));
     match (formed(&one), formed(&two)) {
         (true, false) => (one, two),

@@ -96,6 +96,11 @@ pub enum Effect {
         /// What was found.
         why: String,
     },
+    /// Give the save under way up: it has not ended in this many seconds, and all nodes wait for it.
+    GiveUpSave {
+        /// Seconds.
+        after_s: u64,
+    },
     /// Tell people.
     Report(report::Event),
     /// Write to the log.

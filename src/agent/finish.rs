@@ -15,13 +15,25 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::upload::Context;
+use super::{drain::estimate::Estimates, upload::Context};
 use crate::{
     checkpoint::save::{Receipt, Save, put_manifest, read_receipt},
     error::{Error, Result},
     ids::{AttemptId, Step},
     journal::{Committed, Metrics, Record, SaveCost, Urgency},
 };
+
+/// How long a save may take to be finished on the way out of a generation, at least.
+pub const FINISHING: Duration = Duration::from_secs(120);
+/// A save that usually takes longer than half of that has this many times its usual time.
+const USUAL_TIMES: f64 = 2.0;
+
+/// How long all nodes wait for a save of this many bytes on their way out of a generation; `least`: [`FINISHING`].
+pub fn limit(least: Duration, estimates: &Estimates, bytes: u64) -> Duration {
+    let usual = estimates.upload(bytes).map(|usual| usual.high * USUAL_TIMES);
+    let usual = usual.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    usual.map_or(least, |usual| usual.max(least))
+}
 
 /// How long the receipts of other members are waited for: they have noticed the loss at most seconds apart.
 const RECEIPTS: Duration = Duration::from_secs(20);

@@ -15,9 +15,10 @@ use std::time::Duration;
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{
+    blame::{self, Blame, Watch},
     drain::timeline::Signals,
     effects::{self, Answers, Order},
-    finish::{self, Ordered},
+    finish::{self, FINISHING, Ordered},
     generation::Plan,
     group::{NoticeOfMember, ToLeader, ToMember},
     node::{Node, Part},
@@ -40,9 +41,6 @@ use crate::{
 const EXITING: Duration = Duration::from_secs(1);
 /// How long a node that was asked to leave, without a deadline, waits for its leader to end the generation.
 const PATIENCE: Duration = Duration::from_secs(600);
-
-/// How long a member may take to finish a save in its lost leader's place: as long as such an upload takes, at most.
-const FINISHING: Duration = Duration::from_secs(120);
 
 /// What the channel brings of the leader.
 #[derive(Debug)]
@@ -73,6 +71,10 @@ pub enum Followed {
         leaving: bool,
         /// A person asked the run to stop: no node goes on.
         ends_the_run: bool,
+        /// The leader hands over, and why.
+        hands_over: Option<String>,
+        /// This node's saves fail, and others' do not: it is left out, and why.
+        unfit: Option<String>,
         /// The last step that this node's workers finished.
         finished: Step,
     },
@@ -110,8 +112,14 @@ struct Follower<'a> {
     /// The generation's begin.
     began: Instant,
     signals: Signals,
-    /// The last step that this node's workers finished.
-    finished: Step,
+    /// Listens to this node's workers.
+    watch: Watch<'a>,
+    /// This node leaves when the generation is over, and why.
+    blamed: Option<String>,
+    /// The leader hands over, and why.
+    hands_over: Option<String>,
+    /// This node's saves fail, and others' do not.
+    unfit: Option<String>,
     /// Why this machine can't take part: starting again will not help.
     broken: Option<Error>,
 }
@@ -123,6 +131,7 @@ pub async fn run(
     slots: &mut Slots,
     notices: &mut Notices,
     reporter: &Reporter,
+    blame: &mut Blame,
 ) -> Result<Followed> {
     let Leader { to, mut heard } = leader;
     let (senders, mut answers) = effects::channels();
@@ -147,7 +156,10 @@ pub async fn run(
         leaving: None,
         began: Instant::now(),
         signals: Signals::default(),
-        finished: start.load.step(),
+        watch: Watch::new(blame, start.load.step()),
+        blamed: None,
+        hands_over: None,
+        unfit: None,
         broken: None,
     };
     let followed = loop {
@@ -155,7 +167,7 @@ pub async fn run(
             biased;
             notice = notices.next() => {
                 if follower.on_notice(&notice, reporter) {
-                    break Followed::Left { finished: follower.finished };
+                    break Followed::Left { finished: follower.watch.finished() };
                 }
             }
             event = answers.next() => {
@@ -168,22 +180,27 @@ pub async fn run(
             Some(put) = puts.recv() => follower.put(put),
             word = heard.recv() => match word {
                 Some(LeaderHeard::Said(ToMember::Over { dismisses, ends_the_run })) => {
-                    let (leaving, finished) = (follower.leaving.is_some(), follower.finished);
+                    let (leaving, finished) = (follower.leaving.is_some(), follower.watch.finished());
+                    let (hands_over, unfit) = (follower.hands_over.take(), follower.unfit.take());
+                    let blamed = follower.blamed.take();
                     follower.end(dismisses).await?;
-                    return Ok(Followed::Over { leaving, ends_the_run, finished });
+                    if let Some(why) = blamed.filter(|_| !leaving && !ends_the_run) {
+                        return Err(blame::leaves(&why));
+                    }
+                    return Ok(Followed::Over { leaving, ends_the_run, hands_over, unfit, finished });
                 }
                 Some(LeaderHeard::Said(ToMember::Wrong { why })) => {
                     follower.end(false).await?;
                     return Err(states::wrong(&why));
                 }
                 Some(LeaderHeard::Said(order)) => follower.obey(order)?,
-                Some(LeaderHeard::Parted(why)) => break Followed::CutOff { why, finished: follower.finished },
+                Some(LeaderHeard::Parted(why)) => break Followed::CutOff { why, finished: follower.watch.finished() },
                 Some(LeaderHeard::Overtaken) | None => {
                     let why = "another generation stands".to_owned();
-                    break Followed::CutOff { why, finished: follower.finished };
+                    break Followed::CutOff { why, finished: follower.watch.finished() };
                 }
             },
-            () = follower.must_leave() => break Followed::Left { finished: follower.finished },
+            () = follower.must_leave() => break Followed::Left { finished: follower.watch.finished() },
         }
     };
     if matches!(followed, Followed::CutOff { .. }) {
@@ -219,8 +236,11 @@ pub async fn run(
             Err(()) => tracing::info!("the lost leader's save was not finished in time"),
         }
     }
-    let (leaves, finished) = (follower.leaving.is_some(), follower.finished);
+    let (leaves, finished, blamed) = (follower.leaving.is_some(), follower.watch.finished(), follower.blamed.take());
     follower.end(false).await?;
+    if let Some(why) = blamed.filter(|_| !leaves) {
+        return Err(blame::leaves(&why));
+    }
     Ok(if leaves { Followed::Left { finished } } else { followed })
 }
 
@@ -266,18 +286,17 @@ impl Follower<'_> {
                     self.is_built(tensors, device, parameters);
                 }
                 Event::Worker(event) => {
-                    match &event {
-                        WorkerEvent::Message(_, FromWorker::Step(report)) => {
-                            self.finished = self.finished.max(report.step);
-                        }
-                        WorkerEvent::Message(rank, FromWorker::Failed { message, hint, permanent: true }) => {
-                            let error = Error::new(Kind::Config, format!("worker {rank}: {message}"));
-                            self.broken = Some(match hint {
-                                Some(hint) => error.with_hint(hint),
-                                None => error,
-                            });
-                        }
-                        _ => {}
+                    if let Some(why) = self.watch.hears(&event) {
+                        // Before the death itself: the leader may end the generation at once.
+                        self.say(ToLeader::Blamed { why: why.clone() });
+                        self.blamed = Some(why);
+                    }
+                    if let WorkerEvent::Message(rank, FromWorker::Failed { message, hint, permanent: true }) = &event {
+                        let error = Error::new(Kind::Config, format!("worker {rank}: {message}"));
+                        self.broken = Some(match hint {
+                            Some(hint) => error.with_hint(hint),
+                            None => error,
+                        });
                     }
                     said.push(event);
                 }
@@ -354,7 +373,10 @@ impl Follower<'_> {
                 self.node.perform(Order::LayOut(tensors))
             }
             ToMember::Received => self.node.perform(Order::Received),
-            ToMember::Kill => self.node.perform(Order::Kill),
+            ToMember::Kill => {
+                self.kill();
+                None
+            }
             ToMember::Put { attempt, step, slot, priority, whole } => {
                 self.ordered = Some(Ordered { attempt: attempt.clone(), step, whole: *whole });
                 (self.slot, self.put) = (slot, None);
@@ -367,6 +389,14 @@ impl Follower<'_> {
             ToMember::GiveUpSave => {
                 self.ordered = None;
                 self.node.gives_up_save();
+                None
+            }
+            ToMember::Unfit { why } => {
+                self.unfit = Some(why);
+                None
+            }
+            ToMember::HandsOver { why } => {
+                self.hands_over = Some(why);
                 None
             }
             ToMember::Over { .. } | ToMember::Wrong { .. } => None,
@@ -384,6 +414,7 @@ impl Follower<'_> {
 
     /// The workers compute nothing any more: their collectives are broken. Their slots stay.
     fn kill(&mut self) {
+        self.watch.kills();
         let _ = self.node.perform(Order::Kill);
     }
 

@@ -18,14 +18,17 @@ use tokio::{
 };
 
 use super::{
+    blame::{Blame, Watch},
     drain::estimate::Estimates,
     effects,
-    group::{Company, Heard, Others},
+    finish::FINISHING,
+    group::{Company, Heard, Others, ToLeader},
     lead::Lead,
     node::Node,
     phase::{Event, Loading, Settings, StateMachine},
     save::{
         borrow::Neighbours,
+        fault::Group,
         slots::Slots,
         upload::{self, SaveEvent},
     },
@@ -37,6 +40,7 @@ use crate::{
     checkpoint::{Flaw, condemn::Docket, restore::RemoteFile},
     config::RunConfig,
     error::Result,
+    faults::{self, At},
     ids::{Generation, NodeId, Step},
     journal::Drain,
     notice::{self, Notice, Notices},
@@ -46,6 +50,8 @@ use crate::{
     workload::{Collectives, Workload},
 };
 
+/// How long the crash point `save.hasty` lets a save take to be finished.
+const HASTY: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(200);
 /// How long the other nodes' workers may take to build their state.
 const FORMING: Duration = Duration::from_secs(120);
@@ -201,6 +207,12 @@ pub struct Members {
     pub parted: Vec<(NodeId, String)>,
     /// The states of the ranks were not the same: what differed.
     pub differed: Option<String>,
+    /// This node led it, and its saves fail: another one leads better.
+    pub hands_over: Option<String>,
+    /// This node's workers have ended the group again and again: it leaves.
+    pub blamed: Option<String>,
+    /// What this node remembers of its workers' deaths, before and after.
+    pub blame: Blame,
 }
 
 impl Members {
@@ -220,6 +232,16 @@ async fn next_word(company: &mut Option<mpsc::UnboundedReceiver<Heard>>) -> Hear
             None => std::future::pending().await,
         },
         None => std::future::pending().await,
+    }
+}
+
+/// The node that its workers died of: one that is lost, or that leaves because of them.
+async fn why_it_died(company: &mut Option<mpsc::UnboundedReceiver<Heard>>) -> (NodeId, String) {
+    loop {
+        match next_word(company).await {
+            Heard::Parted(node, why) | Heard::Said(node, ToLeader::Blamed { why }) => return (node, why),
+            Heard::Said(..) | Heard::Regroup(_) | Heard::Overtaken => {}
+        }
     }
 }
 
@@ -243,6 +265,8 @@ pub async fn run(
     let began = Instant::now();
     let incoming = node.load(senders.fetched.clone())?;
     let others = company.as_ref().map_or(&[][..], |company| &company.others);
+    // A test does not wait for minutes.
+    let hasty = faults::check("save.hasty", At::default()).is_err();
     let settings = Settings {
         outline: start.workload.outline(start.upload.ranks.world),
         generation: start.upload.generation,
@@ -252,13 +276,20 @@ pub async fn run(
         store_host: start.store.ip(),
         seats: Seats::new(start.upload.node.clone(), start.upload.ranks, others),
         doubted: start.doubted,
+        finishing: if hasty { HASTY } else { FINISHING },
     };
+    let group = company.as_ref().map(|company| {
+        let leader = start.upload.node.clone();
+        Group { leader, members: start.upload.members.iter().cloned().collect(), min: company.min }
+    });
     let (others, mut company, saves) = match company {
-        Some(Company { others, to, heard, saves }) => (Others::of(others, to), Some(heard), Some(saves)),
+        Some(Company { others, to, heard, saves, min: _ }) => (Others::of(others, to), Some(heard), Some(saves)),
         None => (Others::none(), None, None),
     };
     let mut machine = StateMachine::new(settings, *estimates, Loading::new(start.upload.ranks.world, incoming));
-    let mut lead = Lead::begin(&start, began, node, others, reporter, senders);
+    let mut lead = Lead::begin(&start, began, node, (others, group), reporter, senders);
+    let mut blame = std::mem::take(&mut left.members.blame);
+    let mut watch = Watch::new(&mut blame, start.load.step());
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = 'generation: loop {
@@ -268,7 +299,14 @@ pub async fn run(
                 left.members.hear(&notice);
                 VecDeque::from([Event::Notice(notice)])
             }
-            event = answers.next() => lead.own(event).into_iter().collect(),
+            event = answers.next() => {
+                if let Event::Worker(event) = &event
+                    && let Some(why) = watch.hears(event)
+                {
+                    lead.is_blamed(why);
+                }
+                lead.own(event).into_iter().collect()
+            }
             word = next_word(&mut company) => lead.hear(word).into(),
             _ = tick.tick() => {
                 let late = began.elapsed() > FORMING;
@@ -280,23 +318,32 @@ pub async fn run(
             if let (Event::Save(SaveEvent::Ended { result: Ok(_), .. }), Some(saves)) = (&event, &saves) {
                 let _ = saves.send(());
             }
+            let ended = lead.judge(&event, machine.trains());
             match lead.perform(machine.handle(event, began.elapsed())) {
                 ControlFlow::Continue(answers) => events.extend(answers),
                 ControlFlow::Break(end) => break 'generation end,
+            }
+            if lead.has_killed() {
+                watch.kills();
+            }
+            events.extend(ended);
+            if let Some(why) = lead.hands_over() {
+                let step = machine.finished().unwrap_or_else(|| start.load.step());
+                break 'generation Ok(End::Died { step, reason: why.to_owned() });
             }
         }
     };
     *estimates = machine.estimates();
     lead.tells(&mut left.members);
+    left.members.blame = blame;
     left.members.differed = machine.differed().map(str::to_owned);
     if let Some(open) = lead.end(&end, left.members.ends_the_run).await? {
         (left.leaving, left.retention) = (open.leaving, open.retention);
     }
-    if matches!(end, Ok(End::Died { .. })) && company.is_some() && left.members.parted.is_empty() {
-        let word = tokio::time::timeout(SAME_LOSS, next_word(&mut company)).await;
-        if let Ok(Heard::Parted(node, why)) = word {
-            left.members.parted.push((node, why));
-        }
+    let alone_to_blame = left.members.hands_over.is_some() || left.members.blamed.is_some();
+    if matches!(end, Ok(End::Died { .. })) && company.is_some() && left.members.parted.is_empty() && !alone_to_blame {
+        let why = tokio::time::timeout(SAME_LOSS, why_it_died(&mut company)).await;
+        left.members.parted.extend(why.ok());
     }
     end
 }

@@ -16,7 +16,8 @@
 //! | `lay_out` | `built`: the state of its workers, once; `laid_out` |
 //! | | `fetched`: the state to load is there, or can't be had |
 //! | `put`: its part of a save | `put`: bytes on their way; the receipt, or why there is none |
-//! | `give_up_save`, `kill`, `wrong`, `over` | `notice`: it was told to leave; `failed`: it can't obey |
+//! | `give_up_save`, `kill`, `wrong` | `notice`: it was told to leave; `failed`: it can't obey |
+//! | `unfit`, `hands_over`, `over` | `blamed`: it leaves when the generation is over |
 //!
 //! # Invariants
 //! - A save ends when it has ended on every node; a member that is lost has ended its part, without a receipt unless
@@ -87,6 +88,16 @@ pub enum ToMember {
     Kill,
     /// Its machine computes or remembers wrongly: it ends, and does not come back.
     Wrong {
+        /// What was found.
+        why: String,
+    },
+    /// Its saves fail, and others' do not: it is no member of the next generation.
+    Unfit {
+        /// What was found.
+        why: String,
+    },
+    /// The leader's own saves fail, and others' do not: another one leads the next generation.
+    HandsOver {
         /// What was found.
         why: String,
     },
@@ -165,6 +176,11 @@ pub enum ToLeader {
     },
     /// It was told to leave.
     Notice(NoticeOfMember),
+    /// Its workers have ended the group again and again: it leaves when this generation is over.
+    Blamed {
+        /// What was found.
+        why: String,
+    },
     /// It can't do what it was asked.
     Failed(String),
 }
@@ -206,6 +222,8 @@ pub struct Company {
     pub heard: mpsc::UnboundedReceiver<Heard>,
     /// Hears of each save that is committed.
     pub saves: mpsc::UnboundedSender<()>,
+    /// Nodes without which nothing is trained.
+    pub min: usize,
 }
 
 /// Answers that every node gives once.
@@ -248,6 +266,8 @@ pub struct Others {
     laid_out: Gathered<u64>,
     fetched: Gathered<Fetched>,
     putting: Option<Putting>,
+    /// Those that leave when the generation is over, since their workers end it again and again, and why.
+    blamed: Vec<(NodeId, String)>,
     /// Those whose workers have built their state.
     built: BTreeSet<NodeId>,
 }
@@ -272,6 +292,7 @@ impl Others {
             laid_out: Gathered::new(),
             fetched: Gathered::new(),
             putting: None,
+            blamed: Vec::new(),
             built: BTreeSet::new(),
         }
     }
@@ -291,6 +312,28 @@ impl Others {
             // The generation ends, whatever becomes of its ranks.
             let _ = self.part(node, why);
         }
+    }
+
+    /// Members whose saves fail are left out by name, and hear why. As events of the generation.
+    pub fn leave_out_unfit(&mut self, nodes: impl IntoIterator<Item = (NodeId, String)>) -> Vec<Event> {
+        let mut events = Vec::new();
+        for (node, why) in nodes {
+            if let Some(to) = self.to.as_ref().filter(|_| self.ranks.contains_key(&node)) {
+                let _ = to.send((node.clone(), ToMember::Unfit { why: why.clone() }));
+            }
+            events.extend(self.part(&node, &why));
+        }
+        events
+    }
+
+    /// The leader hands over: every member hears why.
+    pub fn hands_over(&self, why: &str) {
+        self.send(&ToMember::HandsOver { why: why.to_owned() });
+    }
+
+    /// Whether a member is lost.
+    pub fn has_lost(&self) -> bool {
+        !self.parted.is_empty()
     }
 
     fn send(&self, message: &ToMember) {
@@ -363,7 +406,7 @@ impl Others {
     /// What has become of them.
     pub fn tells(&self, members: &mut Members) {
         members.leaving = self.leaving.iter().cloned().collect();
-        members.parted = self.parted.clone();
+        members.parted = self.parted.iter().chain(&self.blamed).cloned().collect();
     }
 
     /// What has come from a member, as events of the generation.
@@ -434,6 +477,11 @@ impl Others {
             ToLeader::Notice(notice) => {
                 self.leaving.insert(node.clone());
                 vec![Event::Notice(notice.here(node))]
+            }
+            // Its agent lives on, and still puts its part of a save.
+            ToLeader::Blamed { why } => {
+                self.blamed.push((node.clone(), why));
+                Vec::new()
             }
             ToLeader::Failed(why) => self.part(node, &why),
         }

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{
-    effects::{Effect, Effects, Log, Senders},
+    effects::{Effect, Effects, Log, Order, Senders},
     fence,
     finish::Whole,
     generation::{End, Left, Members, Plan},
@@ -26,6 +26,7 @@ use super::{
     node::{Node, Part},
     phase::Event,
     save::{
+        fault::{Consequence, Group, Reason, Standing, Tally},
         ledger::Transfer,
         upload::{self, SaveEvent, Snapshot},
     },
@@ -33,9 +34,9 @@ use super::{
 };
 use crate::{
     error::Result,
-    ids::AttemptId,
+    ids::{AttemptId, NodeId},
     journal::{Record, SaveCost, Urgency},
-    report::Reporter,
+    report::{self, Reporter},
     snapshot::mode::{CaptureMode, Choice},
 };
 
@@ -46,6 +47,7 @@ const NOTED: Duration = Duration::from_secs(1);
 struct Saving {
     cost: watch::Sender<SaveCost>,
     give_up: AbortHandle,
+    standing: watch::Receiver<Standing>,
 }
 
 /// What the end of a generation means for its work under way.
@@ -86,6 +88,15 @@ pub struct Lead<'a> {
     node: Node<'a>,
     /// The other nodes.
     others: Others,
+    /// Whose saves fail; `None`: the run has one node.
+    group: Option<Group>,
+    tally: Tally,
+    /// This node's saves fail, and others' do not.
+    hands_over: Option<String>,
+    /// This node's workers have ended the group again and again: it leaves.
+    blamed: Option<String>,
+    /// The workers were killed.
+    killed: bool,
     reporter: &'a Reporter,
     retention: Retention,
     /// The look at the journal, if one is under way.
@@ -103,14 +114,30 @@ impl<'a> Lead<'a> {
         start: &'a Plan,
         began: Instant,
         node: Node<'a>,
-        others: Others,
+        (others, group): (Others, Option<Group>),
         reporter: &'a Reporter,
         senders: Senders,
     ) -> Self {
         let upload::Context { run, journal, .. } = &start.upload;
         let retention = Retention::begin(run, journal, start.config.checkpoint, &start.docket);
         let (looking, saving) = (None, None);
-        Self { start, began, node, others, reporter, retention, looking, notes: JoinSet::new(), saving, senders }
+        Self {
+            start,
+            began,
+            node,
+            others,
+            group,
+            tally: Tally::default(),
+            hands_over: None,
+            blamed: None,
+            killed: false,
+            reporter,
+            retention,
+            looking,
+            notes: JoinSet::new(),
+            saving,
+            senders,
+        }
     }
 
     /// What the channel brings of another node, as events of the generation.
@@ -132,6 +159,81 @@ impl<'a> Lead<'a> {
         self.others.own(event)
     }
 
+    /// What a save that has ended says of its nodes, as events that follow it; `trains`: nobody is about to stop the
+    /// group for another reason.
+    pub fn judge(&mut self, event: &Event, trains: bool) -> Vec<Event> {
+        let (Event::Save(SaveEvent::Ended { step, result, .. }), Some(group)) = (event, &self.group) else {
+            return Vec::new();
+        };
+        let Err(error) = result else {
+            self.tally.saved();
+            return Vec::new();
+        };
+        let standing = self.saving.as_ref().map(|saving| saving.standing.borrow().clone());
+        // A save whose member is lost says nothing of the others.
+        let (Some(standing), true, false) = (standing, trains, self.others.has_lost()) else { return Vec::new() };
+        let verdict = self.tally.failed(&standing, group);
+        let last = format!("the last one, of step {step}: {error}");
+        let why = |tally: &Tally, node: &NodeId| format!("{}; {last}", Reason::Failed(tally.times(node)));
+        self.obey(verdict, why)
+    }
+
+    /// Carries out a verdict, with the reason for each node.
+    fn obey(&mut self, verdict: Consequence, why: impl Fn(&Tally, &NodeId) -> String) -> Vec<Event> {
+        match verdict {
+            Consequence::GoOn => Vec::new(),
+            Consequence::LeaveOut(nodes) => {
+                let nodes = nodes.into_iter().map(|node| (node.clone(), why(&self.tally, &node)));
+                self.others.leave_out_unfit(nodes.collect::<Vec<_>>())
+            }
+            Consequence::HandOver => {
+                let why = why(&self.tally, &self.start.upload.node);
+                self.others.hands_over(&why);
+                self.hands_over = Some(why);
+                Vec::new()
+            }
+            Consequence::Stay(nodes) => {
+                for node in nodes {
+                    let why = why(&self.tally, &node);
+                    let message = format!("node {node} stays, since too few nodes would be left without it: {why}");
+                    self.reporter.event(&report::Event::Warning { message });
+                }
+                Vec::new()
+            }
+        }
+    }
+
+    /// This node leaves when the generation is over.
+    pub fn is_blamed(&mut self, why: String) {
+        self.blamed = Some(why);
+    }
+
+    /// Whether the workers were killed.
+    pub const fn has_killed(&self) -> bool {
+        self.killed
+    }
+
+    /// Why this node hands over, if it does.
+    pub fn hands_over(&self) -> Option<&str> {
+        self.hands_over.as_deref()
+    }
+
+    /// The save under way has not ended in time: it is given up on every node, and those that kept it are left out.
+    fn give_up_save(&mut self, after_s: u64) {
+        let Some(saving) = self.saving.take() else { return };
+        saving.give_up.abort();
+        self.others.give_up_save();
+        self.node.gives_up_save();
+        let message = format!("a save that was to be finished did not end in {after_s} s, and was given up");
+        self.reporter.event(&report::Event::Warning { message });
+        let standing = saving.standing.borrow().clone();
+        if let Some(group) = self.group.as_ref().filter(|_| !self.others.has_lost()) {
+            let verdict = group.given_up(&standing);
+            // The generation ends anyway.
+            let _ = self.obey(verdict, |_, _| Reason::Unfinished(after_s).to_string());
+        }
+    }
+
     /// Performs all of them; returns the immediate answers, or how the generation has ended.
     pub fn perform(&mut self, effects: Effects) -> ControlFlow<Result<End>, Vec<Event>> {
         let (list, end) = effects.into_parts();
@@ -145,6 +247,7 @@ impl<'a> Lead<'a> {
     fn perform_one(&mut self, effect: Effect) -> Option<Event> {
         match effect {
             Effect::Nodes(order) => {
+                self.killed |= matches!(order, Order::Kill);
                 self.others.order(&order);
                 return self.node.perform(order).and_then(|answer| self.others.own(answer));
             }
@@ -167,6 +270,7 @@ impl<'a> Lead<'a> {
             Effect::Hush => self.hush(),
             Effect::Busy(busy) => self.retention.busy(busy),
             Effect::Prune => self.retention.start(),
+            Effect::GiveUpSave { after_s } => self.give_up_save(after_s),
             Effect::LeaveOut { nodes, why } => self.others.leave_out(&nodes, &why),
             Effect::Report(event) => self.reporter.event(&event),
             Effect::Log(line) => log(line),
@@ -193,10 +297,12 @@ impl<'a> Lead<'a> {
         let mut context = self.start.upload.clone();
         context.run = context.run.at_priority(priority);
         let taken = self.began + taken;
+        let (stands, standing) = watch::channel(Standing::of(context.members.clone()));
         let (cost, costs) = watch::channel(cost);
-        let snapshot = Snapshot { attempt, step, slot, expected, figures, validation_loss, cost: costs, taken };
+        let snapshot =
+            Snapshot { attempt, step, slot, expected, figures, validation_loss, cost: costs, taken, standing: stands };
         let give_up = upload::start(context, snapshot, puts, self.senders.saves.clone());
-        self.saving = Some(Saving { cost, give_up });
+        self.saving = Some(Saving { cost, give_up, standing });
         Ok(None)
     }
 
@@ -233,6 +339,7 @@ impl<'a> Lead<'a> {
     /// What has become of the other nodes.
     pub fn tells(&self, members: &mut Members) {
         self.others.tells(members);
+        (members.hands_over, members.blamed) = (self.hands_over.clone(), self.blamed.clone());
     }
 
     /// Ends all work under way. Waits until the workers are gone, unless something is more urgent: then the rest is
@@ -241,7 +348,7 @@ impl<'a> Lead<'a> {
         let parting = Parting::of(end);
         self.hush();
         self.node.stops_fetching();
-        if parting.gives_up_save {
+        if parting.gives_up_save || self.hands_over.is_some() {
             if let Some(saving) = self.saving.take() {
                 saving.give_up.abort();
             }
@@ -250,6 +357,9 @@ impl<'a> Lead<'a> {
             let written = async { while self.notes.join_next().await.is_some() {} };
             let _ = tokio::time::timeout(NOTED, written).await;
             self.notes.shutdown().await;
+        }
+        if let Some(why) = &self.blamed {
+            self.others.hands_over(why);
         }
         self.others.over(parting.dismisses, ends_the_run);
         let gone = self.node.ends_workers(parting.dismisses);

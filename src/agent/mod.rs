@@ -20,12 +20,14 @@
 //! | `workers` | the worker processes |
 //! | `fence` | a look at the journal now and then: is the run still ours? |
 //! | `restart` | whether workers that died or hang are started again |
+//! | `blame` | whether a node leaves a group because its workers kill it again and again |
 //!
 //! # Crash, retry, cancel
 //! Everything that a restart needs is in the store. A checkpoint exists when its `committed` record stands. Killing
 //! this process at any instant leaves the newest checkpoint, and data that no record names.
 #![doc = include_str!("README.md")]
 
+pub(crate) mod blame;
 mod drain;
 mod effects;
 mod fence;

@@ -99,7 +99,7 @@
 //! | tick after 10 min | Loading | look | |
 //! | tick after 10 min | Training | look, report no_progress | |
 //! | tick after 10 min | Draining | | Ended: stopped |
-//! | tick after 10 min | Salvaging | look, kill | |
+//! | tick after 10 min | Salvaging | look, kill, give up the save | Ended: died |
 //! | saved 13, as planned | Draining | idle, hold 13, report checkpoint | Ended: stopped |
 //! | all stopped, no save left | Draining | | Ended: stopped |
 //! | saved 100, the last step | Training | idle, hold 100, report checkpoint | Ended: completed |
@@ -121,7 +121,7 @@ mod loading;
 mod salvage;
 mod training;
 
-use std::{net::IpAddr, ops::ControlFlow};
+use std::{net::IpAddr, ops::ControlFlow, time::Duration};
 
 pub use self::{
     draining::Draining,
@@ -201,6 +201,8 @@ pub struct Settings {
     pub seats: Seats,
     /// The generation before this one has ended because the states of its ranks differed.
     pub doubted: bool,
+    /// How long a save may take, at least, to be finished on the way out.
+    pub finishing: Duration,
 }
 
 /// A generation's state. Each phase owns the data that is valid in it alone.
@@ -373,6 +375,21 @@ impl StateMachine {
     /// What differs between the states of the ranks, if that has ended the generation.
     pub fn differed(&self) -> Option<&str> {
         self.shared.differed.as_deref()
+    }
+
+    /// Whether the group trains, and nobody has asked it to stop.
+    pub const fn trains(&self) -> bool {
+        matches!(self.phase, Phase::Training(_))
+    }
+
+    /// The last step that every rank has finished; of a generation that has ended or never trained, `None`.
+    pub fn finished(&self) -> Option<Step> {
+        match &self.phase {
+            Phase::Training(training)
+            | Phase::Draining(Draining { training, .. })
+            | Phase::Salvaging(Salvage { training, .. }) => Some(training.scheduler.finished()),
+            Phase::Loading(_) | Phase::Ended => None,
+        }
     }
 
     /// The only place that changes state. `now`: since the generation began.

@@ -43,6 +43,11 @@ impl Seats {
         Self { me, nodes }
     }
 
+    /// Whether the generation has several nodes.
+    pub fn are_several(&self) -> bool {
+        self.nodes.len() > 1
+    }
+
     /// Whether all ranks are of one node.
     pub fn are_of_one_node(&self) -> bool {
         self.nodes.len() == 1

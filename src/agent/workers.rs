@@ -1,10 +1,11 @@
 //! The worker processes of one generation: start, talk, end, and learn that one has died.
 //!
-//! The workload says which program runs, with which arguments and environment. It inherits three descriptors and
-//! nothing else of ours: the control socket as its standard input, and the node's two snapshot slots. It runs in a
-//! process group of its own, so that a key pressed at the terminal reaches the agent alone. It asks the kernel to be
-//! killed when its agent dies, and exits when the control stream ends: children never outlive the agent. The agent
-//! starts children from its main thread only, because that kill is tied to the thread that started them.
+//! The workload says which program runs, with which arguments and environment. It inherits a few descriptors and
+//! nothing else of ours: the control socket as its standard input, the node's two snapshot slots, and the memory with
+//! the weights that adapters are trained beside, if there are any. It runs in a process group of its own, so that a key
+//! pressed at the terminal reaches the agent alone. It asks the kernel to be killed when its agent dies, and exits when
+//! the control stream ends: children never outlive the agent. The agent starts children from its main thread only,
+//! because that kill is tied to the thread that started them.
 
 use std::{
     collections::VecDeque,
@@ -27,7 +28,7 @@ use tokio::{
 use crate::{
     error::{Error, Kind},
     ids::{LocalRank, NodeRanks, Rank},
-    protocol::{self, FromWorker, MAX_MESSAGE, SLOT_FDS, ToWorker},
+    protocol::{self, BASE_FD, FromWorker, MAX_MESSAGE, SLOT_FDS, ToWorker},
     snapshot::image::SharedImage,
     workload::{Collectives, Workload},
 };
@@ -78,7 +79,7 @@ impl Workers {
         let mut handles = Vec::with_capacity(ranks.workers as usize);
         for local in ranks.locals() {
             let rank = ranks.rank(local);
-            let handle = start_one(rank, workload.command(collectives), slots, events.clone())
+            let handle = start_one(rank, workload.command(collectives), (slots, workload.base()), events.clone())
                 .map_err(|error| Error::from_source(Kind::Bug, error).context(format!("start worker {rank}")))?;
             handles.push(handle);
         }
@@ -131,14 +132,15 @@ impl Workers {
 fn start_one(
     rank: Rank,
     mut command: std::process::Command,
-    slots: [&SharedImage; 2],
+    (slots, base): ([&SharedImage; 2], Option<&SharedImage>),
     events: mpsc::UnboundedSender<WorkerEvent>,
 ) -> std::io::Result<Handle> {
     let (ours, theirs) = StdStream::pair()?;
     ours.set_nonblocking(true)?;
-    let mut mappings = Vec::with_capacity(slots.len());
-    for (slot, child_fd) in slots.into_iter().zip(SLOT_FDS) {
-        mappings.push(FdMapping { parent_fd: slot.try_clone()?.into(), child_fd });
+    let mut mappings = Vec::with_capacity(slots.len() + 1);
+    let images = slots.into_iter().zip(SLOT_FDS).chain(base.map(|base| (base, BASE_FD)));
+    for (image, child_fd) in images {
+        mappings.push(FdMapping { parent_fd: image.try_clone()?.into(), child_fd });
     }
 
     command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::piped());

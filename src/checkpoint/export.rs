@@ -1,9 +1,10 @@
-//! A checkpoint's weights as a Hugging Face model folder.
+//! A checkpoint's weights as a Hugging Face model folder, or its adapters as PEFT's adapter folder.
 //!
-//! Stored layout: `model.safetensors` (all weights in one file, tensors in [`header::file_order`]), `config.json`,
-//! `tokenizer.json`, `generation_config.json` and the tokenizer's other files, all but the first only if the checkpoint
-//! has them. The bytes depend on the weights alone: checkpoints of equal weights give equal files, whatever the world
-//! size that wrote them.
+//! Stored layout: `model.safetensors` (all weights in one file, tensors in [`header::file_order`]), or
+//! `adapter_model.safetensors` with all adapters and `adapter_config.json`; `config.json`, `tokenizer.json`,
+//! `generation_config.json` and the tokenizer's other files, all but the first only if the checkpoint has them. The
+//! bytes depend on the weights alone: checkpoints of equal weights give equal files, whatever the world size that wrote
+//! them.
 //!
 //! Shards are read from start to end in parts; each part is summed, and its tensors' bytes go to their places in the
 //! merged file. So every byte is downloaded once and verified, and a folder on disk needs no more memory than the parts
@@ -36,7 +37,7 @@ use crate::{
 
 /// Small files that make weights a model, in the order in which they are written.
 fn small_names() -> impl Iterator<Item = &'static str> {
-    let last = [layout::TOKENIZER, layout::GENERATION_CONFIG, layout::MODEL_CONFIG];
+    let last = [layout::TOKENIZER, layout::GENERATION_CONFIG, layout::ADAPTER_CONFIG, layout::MODEL_CONFIG];
     layout::TOKENIZER_FILES.into_iter().chain(last)
 }
 
@@ -52,7 +53,7 @@ pub enum Target {
 /// What was exported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exported {
-    /// Bytes of `model.safetensors`.
+    /// Bytes of the file with the weights.
     pub bytes: u64,
     /// The files written.
     pub files: Vec<String>,
@@ -72,7 +73,7 @@ pub async fn export(
     for name in small_names().filter(|name| manifest.file(name).is_some()) {
         small.push((name, small_file(store, manifest, name).await?));
     }
-    let mut files = vec![layout::MODEL.to_owned()];
+    let mut files = vec![merge.name.to_owned()];
     files.extend(small.iter().map(|(name, _)| (*name).to_owned()));
     match target {
         Target::Folder(path) => to_folder(store, &merge, path, small, part, &progress).await?,
@@ -85,13 +86,43 @@ pub async fn export(
                 Some(Sink::Memory(bytes)) => bytes.into_inner().unwrap_or_else(PoisonError::into_inner),
                 _ => return Err(CheckpointError::Internal("merged weights are still being written".into())),
             };
-            to.upload(layout::MODEL, body.into(), |_| {}).await?;
+            to.upload(merge.name, body.into(), |_| {}).await?;
             for (name, bytes) in small {
                 to.put(name, bytes).await?;
             }
         }
     }
     Ok(Exported { bytes: merge.bytes, files })
+}
+
+/// Whether the checkpoint holds adapters, which are of use beside their base alone.
+pub fn is_adapter(manifest: &Manifest) -> bool {
+    manifest.file(layout::ADAPTER_CONFIG).is_some()
+}
+
+/// Writes a folder of files that are in memory, in their order: like an export, a local one appears whole or not at
+/// all.
+pub async fn write(target: &Target, files: Vec<(String, Bytes)>) -> Result<(), CheckpointError> {
+    match target {
+        Target::Folder(path) => {
+            let path = path.clone();
+            let writing = tokio::task::spawn_blocking(move || {
+                let partial = Partial::create(&path)?;
+                for (name, bytes) in files {
+                    let to = partial.path.join(name);
+                    fs::write(&to, &bytes).and_then(|()| File::open(&to)?.sync_all()).map_err(io("write", &to))?;
+                }
+                partial.publish(&path)
+            });
+            writing.await.map_err(|error| CheckpointError::Internal(format!("write export: {error}")))?
+        }
+        Target::Store(to) => {
+            for (name, bytes) in files {
+                to.upload(&name, bytes, |_| {}).await?;
+            }
+            Ok(())
+        }
+    }
 }
 
 /// Writes the folder beside its place and moves it there.
@@ -104,7 +135,7 @@ async fn to_folder(
     progress: &(impl Fn(u64) + Send + Sync),
 ) -> Result<(), CheckpointError> {
     let partial = Partial::create(path)?;
-    let model = partial.path.join(layout::MODEL);
+    let model = partial.path.join(merge.name);
     let file = File::create_new(&model).map_err(io("create", &model))?;
     file.set_len(merge.bytes).map_err(io("reserve room for", &model))?;
     let sink = Arc::new(Sink::File(file, model));
@@ -212,6 +243,8 @@ struct Shard {
 /// How shards become one file.
 struct Merge {
     folder: String,
+    /// The merged file's name.
+    name: &'static str,
     header: Bytes,
     /// Bytes of the merged file.
     bytes: u64,
@@ -259,7 +292,8 @@ impl Merge {
             Shard { file, header, moves: moves.into() }
         });
         let shards = shards.collect();
-        Ok(Self { folder, header, bytes, shards })
+        let name = if is_adapter(manifest) { layout::ADAPTER } else { layout::MODEL };
+        Ok(Self { folder, name, header, bytes, shards })
     }
 
     /// Writes the merged file into `sink`, checking every shard.

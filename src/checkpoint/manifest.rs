@@ -29,7 +29,7 @@ pub const MAX_JSON: u64 = 32 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FileKind {
-    /// Weights, safetensors.
+    /// Weights or adapters, safetensors.
     Model,
     /// Moments, safetensors.
     Optimizer,

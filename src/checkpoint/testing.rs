@@ -86,7 +86,7 @@ pub fn config() -> RunConfig {
     RunConfig {
         store: "memory://".into(),
         workload: TrainTask {
-            model: ModelConfig { kind: ModelKind::Llama, config: serde_json::json!({}), init_from: None },
+            model: ModelConfig { kind: ModelKind::Decoder, config: serde_json::json!({}), init_from: None, lora: None },
             data: DataConfig {
                 train: "x".into(),
                 tokenizer: Default::default(),
@@ -96,6 +96,7 @@ pub fn config() -> RunConfig {
             },
             train: TrainConfig {
                 steps: 2000,
+                epochs: 0,
                 global_batch: 32,
                 max_micro_batch: 8,
                 seed: 1234,

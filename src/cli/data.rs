@@ -7,13 +7,17 @@ use std::{
 };
 
 use clap::{Args, Subcommand, ValueEnum};
+use jiff::civil::Date;
 
 use super::{
     output::{self, Table},
     store,
 };
 use crate::{
-    data::prepare::{self, Phase, PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource},
+    data::{
+        DocumentFormat, LayoutSettings,
+        prepare::{self, Phase, PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource},
+    },
     error::Result,
     report::{Screen, human},
 };
@@ -31,6 +35,7 @@ Examples:
   trainer data prepare --input 'src/**/*.rs' --tokenizer train:4096 --out runs/data/rust
   trainer data prepare --input s3://bucket/text --tokenizer tokenizer.json --out s3://bucket/tokens
   trainer data prepare --input '*.jsonl.zst' --text-field doc.text --tokenizer my-model --out data
+  trainer data prepare --input chats.jsonl --format chat --sequence-length 2048 --tokenizer my-model --out data
 
 The first bytes of a file decide how it is read: as JSON lines, an array of JSON objects,
 Parquet, or plain text. Each may be compressed with gzip or zstd.
@@ -49,6 +54,27 @@ pub struct Prepare {
     /// Print a summary as JSON
     #[arg(long)]
     json: bool,
+    /// What records hold: `text`, or `chat`: a list of messages, rendered by the chat template of --tokenizer
+    #[arg(long, value_name = "WHAT", value_enum, default_value = "text", help_heading = "Documents")]
+    format: Format,
+    /// Pack whole texts into rows of --sequence-length; a chat always is
+    #[arg(long, help_heading = "Documents")]
+    pack: bool,
+    /// The data.sequence_length of the run that rows are packed for
+    #[arg(long, value_name = "TOKENS", help_heading = "Documents")]
+    sequence_length: Option<u32>,
+    /// Texts that follow one another: `joined`: attend to each other; `apart`: don't
+    #[arg(long, value_name = "HOW", value_enum, default_value = "joined", help_heading = "Documents")]
+    documents: Neighbours,
+    /// What to do with documents that are longer than a row: `error`: fail; `drop`: leave them out and count them
+    #[arg(long, value_name = "WHAT", value_enum, default_value = "error", help_heading = "Documents")]
+    too_long: Unfit,
+    /// What to do with chats without a turn of the assistant: `error`: fail; `drop`: leave them out and count them
+    #[arg(long, value_name = "WHAT", value_enum, default_value = "error", help_heading = "Documents")]
+    without_target: Unfit,
+    /// The day that a chat template is told when it asks for today's date
+    #[arg(long, value_name = "YYYY-MM-DD", help_heading = "Documents")]
+    date: Option<Date>,
     /// The share of the text that is kept for validation, 0 to 0.5 [default: 0.01]
     #[arg(long, value_name = "SHARE", help_heading = "Details")]
     validation_ratio: Option<f64>,
@@ -84,6 +110,24 @@ enum BadRecords {
     Skip,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Text,
+    Chat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Neighbours {
+    Joined,
+    Apart,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Unfit {
+    Error,
+    Drop,
+}
+
 impl Data {
     pub(super) fn execute(self, screen: &Screen) -> Result<ExitCode> {
         match self {
@@ -115,6 +159,18 @@ impl Prepare {
             overwrite: self.overwrite,
             skip_unreadable: self.skip_unreadable,
             skip_bad_records: self.bad_records == BadRecords::Skip,
+            layout: LayoutSettings {
+                format: match self.format {
+                    Format::Text => DocumentFormat::Text,
+                    Format::Chat => DocumentFormat::Chat,
+                },
+                pack: self.pack,
+                sequence_length: self.sequence_length,
+                apart: self.documents == Neighbours::Apart,
+                date: self.date,
+                drop_too_long: self.too_long == Unfit::Drop,
+                drop_without_target: self.without_target == Unfit::Drop,
+            },
             threads: self.threads.unwrap_or(defaults.threads),
             ..defaults
         })
@@ -134,6 +190,14 @@ fn table(summary: &PrepareSummary) -> String {
     let mut text = table.text();
     if summary.skipped > 0 {
         text.push_str(&format!("{} of {} were left out\n", summary.skipped, human::plural(summary.files, "file")));
+    }
+    if let Some(targets) = summary.targets {
+        text.push_str(&format!("{} of them are targets\n", human::plural(targets, "training token")));
+    }
+    for (count, why) in [(summary.too_long, "longer than a row"), (summary.without_target, "without a target")] {
+        if count > 0 {
+            text.push_str(&format!("{} left out, {why}\n", human::plural(count, "document")));
+        }
     }
     if summary.bad_records > 0 {
         text.push_str(&format!("{} left out\n", human::plural(summary.bad_records, "record")));

@@ -10,6 +10,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::{
+    adapted::Adapted,
     args::{JsonArg, RunArg},
     export, output, store,
 };
@@ -18,6 +19,7 @@ use crate::{
     config::ModelKind,
     data::tokenizer::{EndToken, TextTokenizer},
     error::{Error, Kind, Result},
+    history,
     ids::{Step, random_hex},
     layout,
     model::{self, ModelError, generate::GenerateSettings},
@@ -64,16 +66,24 @@ impl Generate {
     pub(super) fn execute(self) -> Result<ExitCode> {
         let folder = Scratch::new()?;
         // Below the private folder, since an export replaces the target with a folder of its own.
-        let exported = folder.0.join("model");
+        let exported = folder.folder();
         let target = Target::Folder(exported.clone());
-        let (step, _) = store::block_on(export::export(&self.run, self.step, &target))?;
+        let (step, adapted) = store::block_on(async {
+            let (step, _) = export::export(&self.run, self.step, &target).await?;
+            let state = history::read(&self.run.store.open()?, &self.run.run_id).await?;
+            Ok((step, Adapted::load(&state.config().workload.model, &exported).await?))
+        })?;
         let ends = end_ids(&exported.join(layout::GENERATION_CONFIG))?;
         let tokenizer = tokenizer(&exported, self.eos_token.as_deref(), &ends)?;
-        let model = model::from_folder(ModelKind::Llama, &exported)?;
+        let model = match adapted {
+            Some(adapted) => adapted.model,
+            None => model::from_folder(ModelKind::Decoder, &exported)?,
+        };
         // The files are no longer needed, and a long text may be interrupted.
         drop(folder);
 
-        let mut prompt = tokenizer.encode(&self.prompt)?;
+        let mut prompt: Vec<u32> = tokenizer.bos_id()?.into_iter().collect();
+        prompt.extend(tokenizer.encode(&self.prompt)?);
         if prompt.is_empty() {
             // A document begins after the end of another one.
             prompt.push(tokenizer.eos_id());
@@ -194,10 +204,10 @@ impl Live<'_> {
 }
 
 /// A temporary folder; empty at first.
-struct Scratch(PathBuf);
+pub(super) struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         let path = std::env::temp_dir().join(format!("trainer-generate-{}", random_hex(8)));
         make_private(&path).map_err(|error| {
             let kind = match error.kind() {
@@ -212,6 +222,11 @@ impl Scratch {
             }
         })?;
         Ok(Self(path))
+    }
+
+    /// A folder in it that does not exist yet.
+    pub(super) fn folder(&self) -> PathBuf {
+        self.0.join("model")
     }
 }
 

@@ -3,6 +3,7 @@
 //! Standard output is data, written only by `output` and by the reporter; standard error is for people, written by the
 //! writer in [`report`]: no reader of it can delay anything, or change an exit code. Exit codes are those of [`Kind`];
 //! wrong usage is 64, a panic is a bug and exits with 70.
+mod adapted;
 mod args;
 mod boot;
 mod checkpoints;

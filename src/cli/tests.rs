@@ -47,7 +47,7 @@ trainer checkpoints: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer explain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer verify: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --all --deep --json
 trainer drain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --no-wait --json
-trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --json
+trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --merge --dtype --json
 trainer generate: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --prompt --tokens --temperature --seed \
 --eos-token --json
 trainer prune: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --keep-last --keep-every --keep-best --damaged \
@@ -57,8 +57,9 @@ trainer doctor: CONFIG --store (TRAINER_STORE) --run-id (TRAINER_RUN_ID) --nproc
 trainer simulate: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --trace --mtbf --lifetimes --nodes \
 --elastic --reform --together --wait --stall --durable --restart --notice --notice-share --work --step-time \
 --every --on-demand-price --spot-price --reserved-price --trials --seed --json
-trainer data prepare: --input --tokenizer --out --json --validation-ratio --text-field --eos-token --shard-tokens \
---sample-bytes --threads --skip-unreadable --bad-records --overwrite
+trainer data prepare: --input --tokenizer --out --json --format --pack --sequence-length --documents --too-long \
+--without-target --date --validation-ratio --text-field --eos-token --shard-tokens --sample-bytes --threads \
+--skip-unreadable --bad-records --overwrite
 trainer completions: SHELL
 trainer worker: "
     );

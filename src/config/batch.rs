@@ -2,21 +2,24 @@
 //! numbers.
 //!
 //! # The formula
-//! A step is to follow the mean gradient of its G sequences, (1/G) Σ ∇lᵢ. Each of W ranks adds up the gradients of its
-//! passes, and the reduction adds up the ranks' sums and divides by W, whatever the ranks' shares are. So a pass of m
-//! sequences, whose mean loss is L, backpropagates L·m·W/G:
+//! A step is to follow the mean gradient of its N targets, (1/N) Σ ∇lᵢ: of all tokens whose prediction counts, in the
+//! whole global batch. Each of W ranks adds up the gradients of its passes, and the reduction adds up the ranks' sums
+//! and divides by W, whatever the ranks' shares are. So a pass with n targets, whose mean loss is L, backpropagates
+//! L·n·W/N ([`divisor`]):
 //!
 //! ```text
-//! (1/W) Σ ∇(L·m·W/G)  =  (1/G) Σ m·∇L  =  (1/G) Σ ∇lᵢ        (the first two sums: over all passes of all ranks)
+//! (1/W) Σ ∇(L·n·W/N)  =  (1/N) Σ n·∇L  =  (1/N) Σ ∇lᵢ        (the first two sums: over all passes of all ranks)
 //! ```
 //!
-//! A rank's loss is the sum over its passes of the same L·m·W/G, so the plain mean over the ranks is the mean over the
-//! sequences. Clipping and the norm come after the average: they need no weights.
+//! N is a pure function of the step and the data, so every rank works it out by itself. A rank's loss is the sum over
+//! its passes of the same L·n·W/N, so the plain mean over the ranks is the mean over the targets. Clipping and the norm
+//! come after the average: they need no weights.
 //!
 //! # Invariants
 //! - No rank is without a sequence: it would never enter the reduction, and all others would wait for it.
-//! - Where W divides G, all passes have the same size, and what divides their loss is the number of a rank's passes,
-//!   exactly: such a world computes the bits that it computed before other worlds were possible.
+//! - Where every token is a target and W divides the number of sequences, all passes have the same size, and what
+//!   divides their loss is the number of a rank's passes, exactly: such a world computes the bits that it computed
+//!   before other worlds, and other targets, were possible.
 //! - Everything here is part of the mathematics of a run: after a change, a resumed run has other bits. Tests pin it.
 
 use std::ops::Range;
@@ -55,20 +58,25 @@ pub struct Spread {
 /// One rank's passes in one optimizer step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Passes {
-    spread: Spread,
     sequences: u32,
     count: u32,
 }
 
 /// One forward and backward pass.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pass {
     /// Its sequences: those that follow the pass before.
     pub sequences: u32,
-    /// Divides the mean loss over them: G/(m·W).
-    pub divisor: f64,
     /// Whether it is the rank's last one in this step, behind which gradients are reduced.
     pub last: bool,
+}
+
+/// What divides the mean loss of a pass with `pass_targets` targets, in a step that has `step_targets` on all ranks of
+/// `world`: N/(n·W). The loss of a pass without a target is 0, whatever divides it.
+pub fn divisor(step_targets: u64, pass_targets: u64, world: WorldSize) -> f64 {
+    // Exact up to the division, as long as the counts are below 2^53. Common factors of the two change no bit of it:
+    // a quotient is rounded once.
+    step_targets as f64 / (pass_targets.max(1) as f64 * f64::from(world.get()))
 }
 
 /// The shares of a world whose ranks don't all have the same number of sequences.
@@ -119,7 +127,7 @@ impl Spread {
         } else {
             sequences.div_ceil(limit)
         };
-        Passes { spread: self, sequences, count }
+        Passes { sequences, count }
     }
 
     /// Sequences in the largest pass of any rank.
@@ -147,12 +155,10 @@ impl Spread {
 impl Passes {
     /// One after the other.
     pub fn iter(self) -> impl Iterator<Item = Pass> {
-        let Self { spread: Spread { global_batch, world, .. }, sequences, count } = self;
+        let Self { sequences, count } = self;
         (0..count).map(move |number| {
             let sequences = sequences / count + u32::from(number < sequences % count);
-            // Exact up to the division: the product is below 2^33.
-            let divisor = f64::from(global_batch) / (f64::from(sequences) * f64::from(world.get()));
-            Pass { sequences, divisor, last: number + 1 == count }
+            Pass { sequences, last: number + 1 == count }
         })
     }
 }
@@ -200,8 +206,14 @@ mod tests {
                         let passes: Vec<Pass> = spread(global, world, limit).passes(Rank(rank)).iter().collect();
                         assert_eq!(passes.len() as u32, count, "{global}/{world}/{limit}");
                         for (number, pass) in (1..).zip(passes) {
-                            let expected = Pass { sequences: size, divisor: f64::from(count), last: number == count };
+                            let expected = Pass { sequences: size, last: number == count };
                             assert_eq!(pass, expected, "{global}/{world}/{limit}");
+                            // Sequences of whatever length, in which every token is a target.
+                            for length in [1, 3, 128, 1_000_003] {
+                                let [all, some] = [global, size].map(|count| u64::from(count) * length);
+                                let divisor = divisor(all, some, WorldSize(world));
+                                assert_eq!(divisor.to_bits(), f64::from(count).to_bits(), "{global}/{world}/{limit}");
+                            }
                         }
                     }
                     assert_eq!(spread(global, world, limit).largest_pass(), size);
@@ -209,7 +221,7 @@ mod tests {
             }
         }
         let huge = spread(u32::MAX, 1, 2).passes(Rank(0));
-        assert_eq!(huge.iter().next(), Some(Pass { sequences: 1, divisor: f64::from(u32::MAX), last: false }));
+        assert_eq!(huge.iter().next(), Some(Pass { sequences: 1, last: false }));
     }
 
     #[test]
@@ -232,9 +244,11 @@ mod tests {
                         assert_eq!(passes.len() as u32, sequences.div_ceil(limit), "{case}");
                         assert!(passes[0].sequences - passes.last().unwrap().sequences <= 1, "{case}");
                     }
-                    for Pass { sequences, divisor, .. } in passes {
-                        // Its part in the mean over ranks, 1/W · m·W/G, is m/G: these add up to 1.
+                    for Pass { sequences, .. } in passes {
+                        // Its part in the mean over ranks, 1/W · n·W/N, is n/N: these add up to 1.
                         let exact = f64::from(global) / f64::from(sequences * world);
+                        let [all, some] = [global, sequences].map(|count| u64::from(count) * 96);
+                        let divisor = divisor(all, some, WorldSize(world));
                         assert_eq!(divisor.to_bits(), exact.to_bits(), "{case}");
                         let part = 1.0 / divisor / f64::from(world);
                         assert!((part * f64::from(global) / f64::from(sequences) - 1.0).abs() < 1e-15, "{case}");
@@ -246,6 +260,15 @@ mod tests {
                 assert_eq!(Some(spread.largest_pass()), largest, "{case}");
             }
         }
+    }
+
+    #[test]
+    fn a_pass_counts_by_its_targets_and_one_without_any_by_nothing() {
+        // Two ranks; the passes have 3 and 0, and 9 targets.
+        let world = WorldSize(2);
+        assert_eq!(divisor(12, 3, world), 2.0);
+        assert_eq!(divisor(12, 9, world), 12.0 / 18.0);
+        assert!(divisor(12, 0, world).is_finite());
     }
 
     #[test]

@@ -3,12 +3,12 @@
 use toml::Value;
 
 use super::{
-    CheckpointConfig, ConfigError, DataConfig, Keep, ModelConfig, NetworkConfig, NoticeConfig, OnComplete,
+    ALL_LINEAR, CheckpointConfig, ConfigError, DataConfig, Keep, ModelConfig, NetworkConfig, NoticeConfig, OnComplete,
     OptimizerConfig, ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainTask,
     error::Origin,
     raw::Raw,
     resolve::{
-        self, ACTIONS, DEVICES, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES,
+        self, ACTIONS, DEFAULT_ALPHA, DEVICES, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES,
         TOKENIZER_RULES,
     },
     text,
@@ -33,6 +33,7 @@ pub fn effect(key: &str) -> Effect {
             Effect::Fixed("it cuts the samples: those already seen would come again, others never")
         }
         "train.seed" => Effect::Fixed("it orders the samples: those already seen would come again, others never"),
+        "train.epochs" => Effect::Fixed("it became train.steps when the run was created: give that another value"),
         "train.optimizer.kind" => Effect::Fixed("the checkpoints hold this optimizer's moments"),
         // The samples' cursor and the tensors are independent of the number of workers and of what each of them keeps:
         // only the order in which gradients are summed depends on it. The device is a machine's own choice, as its kind
@@ -149,9 +150,10 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     // Destructured without `..`: a new field that is not listed here does not compile.
     let RunConfig { store, workload, checkpoint, notice, on_complete, restart, storage, network } = config;
     let TrainTask { model, data, train, parallel } = workload;
-    let ModelConfig { kind, config: model_config, init_from } = model;
+    let ModelConfig { kind, config: model_config, init_from, lora } = model;
     let DataConfig { train: data_train, tokenizer, sequence_length, validation_every, validation_sequences } = data;
-    let TrainConfig { steps, global_batch, max_micro_batch, seed, precision, threads, optimizer, schedule } = train;
+    let TrainConfig { steps, epochs, global_batch, max_micro_batch, seed, precision, threads, optimizer, schedule } =
+        train;
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
     let ParallelConfig { strategy, nproc_per_node, device, bucket_mib, mixed } = parallel;
@@ -177,12 +179,17 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("model.kind", word(name_of(MODEL_KINDS, *kind))),
         ("model.config", word(&model_config.to_string())),
         ("model.init_from", word(init_from.as_deref().unwrap_or_default())),
+        ("model.lora.rank", whole(lora.as_ref().map_or(0, |lora| lora.rank))),
+        ("model.lora.alpha", Value::Float(lora.as_ref().map_or(DEFAULT_ALPHA, |lora| lora.alpha))),
+        ("model.lora.targets", lora.as_ref().map_or_else(|| word(ALL_LINEAR), |lora| targets(&lora.targets))),
+        ("model.lora.dropout", Value::Float(0.0)),
         ("data.train", word(data_train)),
         ("data.tokenizer", word(name_of(TOKENIZER_RULES, *tokenizer))),
         ("data.sequence_length", whole(*sequence_length)),
         ("data.validation_every", whole(*validation_every)),
         ("data.validation_sequences", whole(*validation_sequences)),
         ("train.steps", whole(*steps)),
+        ("train.epochs", whole(*epochs)),
         ("train.global_batch", whole(*global_batch)),
         ("train.max_micro_batch", whole(*max_micro_batch)),
         ("train.seed", whole(*seed)),
@@ -231,6 +238,14 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("network.port", whole(*port)),
         ("network.store_port", whole(*store_port)),
     ]
+}
+
+/// The layers that have adapters, as they are typed.
+fn targets(names: &[String]) -> Value {
+    match names {
+        [one] if one == ALL_LINEAR => word(one),
+        names => Value::Array(names.iter().map(|name| word(name)).collect()),
+    }
 }
 
 fn word(text: &str) -> Value {

@@ -17,7 +17,11 @@ mod workload;
 #[cfg(test)]
 mod change_tests;
 #[cfg(test)]
+mod lora_tests;
+#[cfg(test)]
 mod network_tests;
+#[cfg(test)]
+mod stored_tests;
 #[cfg(test)]
 mod tests;
 
@@ -25,7 +29,7 @@ use std::{net::IpAddr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-pub use batch::{Pass, Passes, Shares, Spread, share};
+pub use batch::{Pass, Passes, Shares, Spread, divisor, share};
 pub use change::{
     Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, names, reading_settings,
     settings,
@@ -39,8 +43,8 @@ pub use text::{
     read_small, undialable, without_bom,
 };
 pub use workload::{
-    DataConfig, Device, ModelConfig, ModelKind, OptimizerConfig, ParallelConfig, Precision, ScheduleConfig,
-    ScheduleKind, Strategy, TokenizerRule, TrainConfig, TrainTask,
+    ALL_LINEAR, BaseFile, DataConfig, Device, LoraConfig, ModelConfig, ModelKind, OptimizerConfig, ParallelConfig,
+    Precision, ScheduleConfig, ScheduleKind, Strategy, TokenizerRule, TrainConfig, TrainTask,
 };
 
 /// A run's resolved configuration. Stored in the journal's `created` record.

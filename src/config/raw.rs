@@ -275,6 +275,23 @@ impl Raw {
             .ok_or_else(|| self.wrong(key, r#"a duration such as "90s", "2h" or "1h30m""#))
     }
 
+    /// The word `alone`, or a list of other names, each once; at least one.
+    pub fn names(&self, key: &str, alone: &str) -> Result<Vec<String>, ConfigError> {
+        let expected = || self.wrong(key, format!("{alone:?}, or a list of different names in quotes"));
+        match self.value(key)? {
+            Value::String(word) if word == alone => Ok(vec![word.clone()]),
+            Value::Array(list) if !list.is_empty() => {
+                let mut names: Vec<String> = Vec::with_capacity(list.len());
+                for item in list {
+                    let name = item.as_str().filter(|name| !name.is_empty() && !names.iter().any(|have| have == name));
+                    names.push(name.ok_or_else(expected)?.to_owned());
+                }
+                if names.len() > 1 && names.iter().any(|name| name == alone) { Err(expected()) } else { Ok(names) }
+            }
+            _ => Err(expected()),
+        }
+    }
+
     /// One word, or a list of words, of those given; at least one.
     pub fn words(&self, key: &str, alone: &str, choices: &[&str]) -> Result<Vec<String>, ConfigError> {
         let expected = || self.wrong(key, format!("{alone:?}, or a list of {}", words(choices.iter().copied())));

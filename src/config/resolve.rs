@@ -10,10 +10,10 @@ use serde_json::Value as Json;
 use toml::Value;
 
 use super::{
-    CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, Machine, ModelConfig,
-    ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig,
-    RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig, TrainTask,
-    error::Origin, raw::Raw, text, workers_per_node,
+    ALL_LINEAR, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, LoraConfig,
+    Machine, ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig,
+    Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule,
+    TrainConfig, TrainTask, error::Origin, raw::Raw, text, workers_per_node,
 };
 use crate::error::{Error, Kind};
 
@@ -22,7 +22,13 @@ const MAX_MODEL_CONFIG: u64 = 1 << 20;
 /// The most steps of a run: some two million million.
 pub const MAX_STEPS: u64 = (1 << 41) - 1;
 
-pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("llama", ModelKind::Llama)];
+/// The highest rank of adapters: beyond it they are larger than what they are added to in models of any size in use.
+const MAX_RANK: u32 = 4096;
+/// `model.lora.alpha` unless given.
+pub(super) const DEFAULT_ALPHA: f64 = 16.0;
+
+/// The second is the first one's older name.
+pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("decoder", ModelKind::Decoder), ("llama", ModelKind::Decoder)];
 pub(super) const TOKENIZER_RULES: &[(&str, TokenizerRule)] =
     &[("same", TokenizerRule::Same), ("differs", TokenizerRule::Differs)];
 pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];
@@ -176,15 +182,42 @@ pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> R
     Ok(config)
 }
 
+/// Checks the schedule against the length of the run, if that is known.
+fn check_steps(train: &TrainConfig) -> Result<(), ConfigError> {
+    let TrainConfig { steps, epochs, .. } = *train;
+    let warmup = train.schedule.warmup_steps;
+    if steps == 0 || warmup <= steps {
+        return Ok(());
+    }
+    let made = if epochs > 0 { format!(" (from train.epochs = {epochs})") } else { String::new() };
+    Err(ConfigError::Together(format!(
+        "train.schedule.warmup_steps = {warmup} is longer than the run: train.steps = {steps}{made}"
+    )))
+}
+
+impl TrainConfig {
+    /// Works out the steps from the epochs over `sequences`, if that has not been done: as many steps as it takes to
+    /// see each sequence that often.
+    ///
+    /// # Errors
+    /// [`ConfigError::Together`] for more steps than a run may have, or fewer than the warm-up.
+    pub fn settle_steps(&mut self, sequences: u64) -> Result<(), ConfigError> {
+        if self.steps > 0 {
+            return Ok(());
+        }
+        let all = u128::from(sequences) * u128::from(self.epochs);
+        let steps = all.div_ceil(u128::from(self.global_batch.max(1)));
+        self.steps = u64::try_from(steps).ok().filter(|steps| (1..=MAX_STEPS).contains(steps)).ok_or_else(|| {
+            let epochs = self.epochs;
+            ConfigError::Together(format!("train.epochs = {epochs} of {sequences} sequences are {steps} steps"))
+        })?;
+        check_steps(self)
+    }
+}
+
 /// Checks of settings that must fit one another.
 fn check(config: &RunConfig) -> Result<(), ConfigError> {
-    let train = &config.workload.train;
-    if train.schedule.warmup_steps > train.steps {
-        return Err(ConfigError::Together(format!(
-            "train.schedule.warmup_steps = {} is longer than the run: train.steps = {}",
-            train.schedule.warmup_steps, train.steps
-        )));
-    }
+    check_steps(&config.workload.train)?;
     let parallel = &config.workload.parallel;
     if parallel.mixed && parallel.strategy != Strategy::Zero1 {
         return Err(ConfigError::Together(
@@ -250,7 +283,31 @@ fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
     if !config.is_object() {
         return Err(named("not a JSON object, as a Hugging Face config.json is".into()));
     }
-    Ok(ModelConfig { kind, config, init_from })
+    let lora = lora(raw, init_from.is_some())?;
+    Ok(ModelConfig { kind, config, init_from, lora })
+}
+
+/// The adapters, if there are any. Whether the model has the layers is checked with the model.
+fn lora(raw: &Raw, has_weights: bool) -> Result<Option<LoraConfig>, ConfigError> {
+    let rank = raw.whole("model.lora.rank", 0..=MAX_RANK)?;
+    let alpha = raw.number("model.lora.alpha", |alpha| alpha > 0.0, "a number above 0")?;
+    let targets = raw.names("model.lora.targets", ALL_LINEAR)?;
+    raw.number("model.lora.dropout", |dropout| dropout == 0.0, "0: dropout is not supported")?;
+    if rank == 0 {
+        let typed = ["model.lora.alpha", "model.lora.targets"];
+        return match typed.into_iter().find(|key| !matches!(raw.origin(key), Origin::Default)) {
+            Some(key) => Err(ConfigError::Together(format!(
+                "{key} is set, but model.lora.rank is 0, so there are no adapters: set model.lora.rank, such as 16"
+            ))),
+            None => Ok(None),
+        };
+    }
+    if !has_weights {
+        return Err(ConfigError::Together(format!(
+            "model.lora.rank = {rank} needs model.init_from: adapters are trained beside a model's weights"
+        )));
+    }
+    Ok(Some(LoraConfig { rank, alpha, targets, base: Vec::new() }))
 }
 
 /// The object of that URI; or the file from the working directory, else from the configuration's folder.
@@ -308,9 +365,21 @@ fn train(raw: &Raw, auto_threads: Option<u32>) -> Result<TrainConfig, ConfigErro
         })?,
     };
     raw.choice("train.optimizer.kind", &[("adamw", ())])?;
+    let (steps, epochs) = (raw.whole("train.steps", 1..=MAX_STEPS)?, raw.whole("train.epochs", 0..=u32::MAX)?);
+    let steps = match (epochs, raw.origin("train.steps")) {
+        (0, _) | (_, Origin::Run) => steps,
+        // Of an existing run: it has left the number of its epochs behind.
+        (_, Origin::Set) if raw.origin("train.epochs") == Origin::Run => steps,
+        (_, Origin::Default) => 0,
+        _ => {
+            let both = format!("train.steps = {steps} and train.epochs = {epochs} are both set: keep one of them");
+            return Err(ConfigError::Together(both));
+        }
+    };
     let share = |n: f64| (0.0..1.0).contains(&n);
     Ok(TrainConfig {
-        steps: raw.whole("train.steps", 1..=MAX_STEPS)?,
+        steps,
+        epochs,
         global_batch: raw.whole("train.global_batch", 1..=u32::MAX)?,
         max_micro_batch: raw.whole("train.max_micro_batch", 1..=u32::MAX)?,
         seed: raw.whole("train.seed", 0..=u64::MAX)?,

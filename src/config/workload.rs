@@ -29,20 +29,61 @@ impl TrainTask {
 /// The model to train.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
-    /// The architecture.
+    /// The kind of model.
     pub kind: ModelKind,
     /// The Hugging Face `config.json`, whole.
     pub config: serde_json::Value,
     /// A Hugging Face model folder or URI whose weights the run starts from; `None`: random weights from `train.seed`.
     pub init_from: Option<String>,
+    /// Train adapters beside these weights, which stay as they are; `None`: train all weights. Stored only if there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraConfig>,
 }
 
-/// The architectures that can be trained.
+/// Low-rank adapters (Hu et al., arXiv 2106.09685): a linear layer W computes W·x + alpha/rank · B·(A·x), and A and B
+/// are trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoraConfig {
+    /// Rows of A, columns of B.
+    pub rank: u32,
+    /// `rank` times the factor of what the adapters add.
+    pub alpha: f64,
+    /// The names of the linear layers that have adapters; or [`ALL_LINEAR`] alone: every one of each block.
+    pub targets: Vec<String>,
+    /// The files of the weights beside which the adapters are trained. Found out when the run is created; a run's
+    /// adapters mean nothing beside others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub base: Vec<BaseFile>,
+}
+
+impl LoraConfig {
+    /// The factor of what the adapters add.
+    pub fn scale(&self) -> f64 {
+        self.alpha / f64::from(self.rank)
+    }
+}
+
+/// The word of `model.lora.targets` for every linear layer of each block.
+pub const ALL_LINEAR: &str = "all-linear";
+
+/// A file of the weights that a run leaves as they are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseFile {
+    /// Its name in the folder `model.init_from`.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// CRC64-NVME of all its bytes, 16 hex digits.
+    pub crc64: String,
+}
+
+/// The kinds of models that can be trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
 pub enum ModelKind {
-    /// Llama: RMSNorm, RoPE, grouped-query attention, SwiGLU.
-    Llama,
+    /// A language model of one of the families in [`crate::model`]; its `config.json` says which. It is stored under
+    /// the name of the first family: earlier versions read that name, and refuse another family by its architecture.
+    #[serde(rename = "llama", alias = "decoder")]
+    Decoder,
 }
 
 /// The source of the tokens.
@@ -75,8 +116,13 @@ pub enum TokenizerRule {
 /// The mathematics of training. Nothing here may change on a resume unless it is named with `--set`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainConfig {
-    /// Optimizer steps of the whole run.
+    /// Optimizer steps of the whole run; 0: not worked out yet from `epochs`, which is so before a run is created and
+    /// never in a journal.
     pub steps: u64,
+    /// The passes over the data from which `steps` was worked out when the run was created; 0: it was given. Stored
+    /// only if it was not.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub epochs: u32,
     /// Sequences in one optimizer step, over the whole world, whatever its size.
     pub global_batch: u32,
     /// The most sequences in one forward pass of one worker; gradients are accumulated over the rest.
@@ -91,6 +137,11 @@ pub struct TrainConfig {
     pub optimizer: OptimizerConfig,
     /// The learning-rate schedule.
     pub schedule: ScheduleConfig,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+const fn is_none(count: &u32) -> bool {
+    *count == 0
 }
 
 /// Arithmetic of forward and backward.

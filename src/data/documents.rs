@@ -29,7 +29,7 @@ pub(super) const PIECE_BYTES: usize = 64 << 10;
 /// A piece of a document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Piece<'a> {
-    /// Not empty.
+    /// Not empty, and at most [`PIECE_BYTES`]; a chat's record is whole.
     pub text: &'a str,
     /// Whether it continues the document of the piece before.
     pub continues: bool,
@@ -67,6 +67,8 @@ pub(super) struct Wanted<'a> {
     pub field: &'a str,
     /// Records that can't be read are dropped and counted.
     pub skip_bad_records: bool,
+    /// Records are chats: each is passed on whole, as it is written.
+    pub chats: bool,
 }
 
 /// Observations on an input.
@@ -113,11 +115,18 @@ pub(super) fn read(
         return Ok(Outcome::Skipped(reason));
     }
     if compressed::is_parquet(&compressed::ending(name), &source.head) {
+        if wanted.chats {
+            let reason = "is Parquet, from which no chats are read; write them as JSON lines".into();
+            return Err(DataError::Input { input: name.to_owned(), reason });
+        }
         return columns::read(source.file()?, name, wanted, sink).map(Outcome::Done);
     }
     let object_as_text = match records::recognise(&source, wanted.field)? {
         Verdict::Records(shape) => return records::read(&source, shape, wanted, sink).map(Outcome::Done),
         Verdict::LeftOut(reason) => return Ok(Outcome::Skipped(reason)),
+        Verdict::ObjectAsText | Verdict::Text if wanted.chats => {
+            return Ok(Outcome::Skipped("holds no JSON records, and so no chats".into()));
+        }
         Verdict::ObjectAsText => true,
         Verdict::Text => false,
     };
@@ -221,7 +230,7 @@ pub(super) mod tests {
         error::{Explain, Kind},
     };
 
-    pub(in crate::data) const TEXT: Wanted<'static> = Wanted { field: "text", skip_bad_records: false };
+    pub(in crate::data) const TEXT: Wanted<'static> = Wanted { field: "text", skip_bad_records: false, chats: false };
 
     /// Whole documents, joined from their pieces; checks the properties of every piece.
     pub(in crate::data) fn documents(path: &Path) -> Result<Vec<String>, DataError> {

@@ -17,16 +17,20 @@ use tokio::runtime::Handle;
 
 use super::{
     DataError,
+    chat::{Chats, MESSAGES, NoIds},
     documents::{self, At, Outcome, Piece, Wanted},
     given::Given,
     input::{Input, Place},
+    layout::{self, DocumentFormat, Prepared},
     left_out::LeftOut,
+    marks::Dropped,
+    placing::{Made, Placing},
     prepare::{Phase, PrepareEvent, PrepareSettings, TokenizerSource},
     remote::Remote,
-    shards::{FORMAT, FileEntry, Index, Split, TokenType},
+    shards::{FORMAT, FORMAT_WITH_MARKS, FileEntry, Index, Split, TokenType},
     special::Unfit,
-    tokenizer::{EndToken, TextTokenizer},
-    writer::ShardWriter,
+    tokenizer::{Framing, TextTokenizer},
+    writer::{ShardShape, ShardWriter},
 };
 use crate::{
     layout::TOKENIZER,
@@ -48,6 +52,8 @@ pub(super) struct Counts {
     pub skipped: u64,
     /// Records left out because they can't be read.
     pub bad_records: u64,
+    /// Documents left out because they are longer than a row, or have no target.
+    pub dropped: Dropped,
 }
 
 /// One preparation; runs on blocking threads and awaits the store through `runtime`.
@@ -73,37 +79,42 @@ impl Job {
         let mut left_out = LeftOut::new(&self.settings, &self.inputs, &*self.progress);
         left_out.unreadable()?;
         let phase = |phase| (self.progress)(PrepareEvent::Phase { phase, seconds: 0 });
-        let end_token = self.settings.eos_token.as_deref().map_or(EndToken::Known, EndToken::Named);
-        let tokenizer = match (&self.given, &self.settings.tokenizer) {
-            (Some(given), _) => TextTokenizer::from_json(given.json.clone(), &given.name, end_token)?,
+        let Prepared { tokenizer, framing, chats } = match (&self.given, &self.settings.tokenizer) {
+            (Some(given), _) => layout::load(given, &self.settings)?,
             (None, TokenizerSource::Train { vocab }) => {
                 phase(Phase::Sampling);
                 let sample = self.sample(self.settings.sample_budget(*vocab), &mut remote, &mut left_out)?;
                 let sample_bytes = sample.iter().map(|text| text.len() as u64).sum();
                 phase(Phase::TokenizerTraining);
                 (self.progress)(PrepareEvent::TokenizerTraining { sample_bytes });
-                self.telling(Phase::TokenizerTraining, || {
+                let tokenizer = self.telling(Phase::TokenizerTraining, || {
                     TextTokenizer::train(*vocab, sample.iter().map(String::as_str))
-                })?
+                })?;
+                Prepared { tokenizer, framing: Framing::default(), chats: None }
             }
             (None, _) => return Err(DataError::Stopped { reason: "the tokenizer was not read".into() }),
         };
         let vocab_size = tokenizer.vocab_size();
         (self.progress)(PrepareEvent::TokenizerReady { vocab_size });
 
-        let writer = |split| {
-            let (store, runtime) = (self.store.clone(), self.runtime.clone());
-            ShardWriter::new(split, vocab_size, tokenizer.eos_id(), self.settings.shard_tokens, store, runtime)
+        let shape = ShardShape {
+            vocab_size,
+            eos_id: tokenizer.eos_id(),
+            bos_id: framing.bos_id,
+            shard_tokens: self.settings.shard_tokens,
+            marks: self.settings.layout.in_rows() || self.settings.layout.apart,
+            // A row and the token that follows its inputs.
+            row: self.settings.layout.sequence_length.map(|length| length as usize + 1),
         };
+        let writer = |split| ShardWriter::new(split, shape, self.store.clone(), self.runtime.clone());
         let mut encoder = Encoder {
             job: &self,
             tokenizer: &tokenizer,
-            train: writer(Split::Train),
-            validation: writer(Split::Validation),
+            chats: chats.as_ref(),
+            placing: Placing::new(&self, shape, writer(Split::Train), writer(Split::Validation)),
             batch: Vec::new(),
             batch_bytes: 0,
             input: 0,
-            pieces: 0,
             text_bytes: 0,
             input_bytes: 0,
             input_bytes_total: self.inputs.iter().map(|input| input.bytes).sum(),
@@ -127,12 +138,19 @@ impl Job {
         phase(Phase::Writing);
         (counts.skipped, counts.bad_records) = left_out.finish();
         let last = encoder.progress();
-        let Encoder { train, validation, .. } = encoder;
-        let (train, validation) = (train.finish()?, validation.finish()?);
+        let placed = encoder.placing.finish()?;
+        counts.dropped = placed.dropped;
+        counts.bad_records += placed.bad_records;
+        let (train, validation) = (placed.train, placed.validation);
         (self.progress)(last);
         self.check_splits(&train, &validation, counts)?;
+        let mut documents = layout::documents(self.given.as_ref(), &self.settings, framing);
+        if let Some(documents) = &mut documents {
+            documents.dropped = placed.dropped;
+            documents.chat = chats.as_ref().map(|chats| chats.rendering(placed.ends));
+        }
         let index = Index {
-            format: FORMAT,
+            format: if documents.is_some() { FORMAT_WITH_MARKS } else { FORMAT },
             dtype: TokenType::for_vocabulary(vocab_size),
             vocab_size,
             eos_id: tokenizer.eos_id(),
@@ -142,6 +160,7 @@ impl Job {
                 bytes: tokenizer.json().len() as u64,
                 crc64: Crc64::of(tokenizer.json()),
             },
+            documents,
             train,
             validation,
         };
@@ -171,7 +190,7 @@ impl Job {
         Ok(())
     }
 
-    fn stopped(&self) -> Result<(), DataError> {
+    pub(super) fn stopped(&self) -> Result<(), DataError> {
         if self.stop.load(Ordering::Relaxed) {
             return Err(DataError::Stopped { reason: "cancelled".into() });
         }
@@ -235,7 +254,9 @@ impl Job {
         sink: &mut dyn FnMut(Piece<'_>) -> Result<bool, DataError>,
     ) -> Result<Outcome, DataError> {
         let input = &self.inputs[number];
-        let wanted = Wanted { field: &self.settings.text_field, skip_bad_records: self.settings.skip_bad_records };
+        let chats = self.settings.layout.format == DocumentFormat::Chat;
+        let field = if chats { MESSAGES } else { self.settings.text_field.as_str() };
+        let wanted = Wanted { field, skip_bad_records: self.settings.skip_bad_records, chats };
         let path = match &input.place {
             Place::Local(path) => path.clone(),
             Place::Remote { .. } => remote.path(number)?,
@@ -278,26 +299,32 @@ impl Job {
     }
 }
 
-/// A piece of text that waits to be encoded.
-struct Text {
-    text: String,
-    continues: bool,
+/// A piece of text, or the record of a chat, that waits to be encoded.
+pub(super) struct Text {
+    pub text: String,
+    pub continues: bool,
     /// Number of its input.
-    input: usize,
-    at: At,
+    pub input: usize,
+    pub at: At,
+}
+
+impl Text {
+    /// Its place in its file.
+    pub(super) fn place(&self, inputs: &[Input]) -> String {
+        self.at.behind("", inputs.get(self.input).map_or("", |input| &input.name))
+    }
 }
 
 /// Pieces in, token shards out.
 struct Encoder<'a> {
     job: &'a Job,
     tokenizer: &'a TextTokenizer,
-    train: ShardWriter,
-    validation: ShardWriter,
+    chats: Option<&'a Chats>,
+    placing: Placing<'a>,
     batch: Vec<Text>,
     batch_bytes: usize,
     /// Number of the input that is being read.
     input: usize,
-    pieces: u64,
     text_bytes: u64,
     input_bytes: u64,
     input_bytes_total: u64,
@@ -322,15 +349,8 @@ impl Encoder<'_> {
     fn encode_batch(&mut self) -> Result<(), DataError> {
         self.job.stopped()?;
         let batch = std::mem::take(&mut self.batch);
-        let encoded = encode_all(self.tokenizer, &batch, &self.job.inputs, self.threads())?;
-        for (Text { text, continues, .. }, ids) in batch.iter().zip(encoded) {
-            let writer = match split_of(text, self.job.settings.validation_ratio) {
-                Split::Train => &mut self.train,
-                Split::Validation => &mut self.validation,
-            };
-            writer.append(self.pieces, *continues, &ids)?;
-            self.pieces += 1;
-        }
+        let made = encode_all(self.tokenizer, self.chats, &batch, &self.job.inputs, self.threads())?;
+        batch.iter().zip(made).try_for_each(|(text, made)| self.placing.place(text, made))?;
         self.text_bytes += self.batch_bytes as u64;
         self.batch_bytes = 0;
         (self.job.progress)(self.progress());
@@ -342,32 +362,46 @@ impl Encoder<'_> {
             input_bytes: self.input_bytes,
             input_bytes_total: self.input_bytes_total,
             text_bytes: self.text_bytes,
-            tokens: self.train.tokens() + self.validation.tokens(),
+            tokens: self.placing.tokens(),
         }
     }
 }
 
-/// Ids of every text, in the order of the texts.
+/// What becomes of every text, in the order of the texts.
 fn encode_all(
     tokenizer: &TextTokenizer,
+    chats: Option<&Chats>,
     batch: &[Text],
     inputs: &[Input],
     threads: usize,
-) -> Result<Vec<Vec<u32>>, DataError> {
+) -> Result<Vec<Made>, DataError> {
     let next = AtomicUsize::new(0);
-    let encode = || -> Result<Vec<(usize, Vec<u32>)>, DataError> {
+    let make = |text: &Text| match chats {
+        None => tokenizer.encode_text(&text.text).map(Made::Text).map_err(|unfit| refuse(text, unfit, inputs)),
+        Some(chats) => match chats.encode(tokenizer, &text.text) {
+            Ok(chat) => Ok(Made::Chat(chat)),
+            Err(NoIds::Chat(reason)) => Ok(Made::Refused(reason)),
+            Err(NoIds::Date) => Err(DataError::Setting {
+                setting: "--date",
+                reason: "is missing: the chat template asks for today's date, and the same chats shall give the same \
+                         dataset; name a day, such as --date 2026-01-31"
+                    .into(),
+            }),
+        },
+    };
+    let encode = || -> Result<Vec<(usize, Made)>, DataError> {
         let mut mine = Vec::new();
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
             let Some(text) = batch.get(number) else { return Ok(mine) };
-            mine.push((number, tokenizer.encode_text(&text.text).map_err(|unfit| refuse(text, unfit, inputs))?));
+            mine.push((number, make(text)?));
         }
     };
-    let mut all = vec![Vec::new(); batch.len()];
+    let mut all: Vec<Made> = batch.iter().map(|_| Made::Text(Vec::new())).collect();
     for done in threads::together(threads.min(batch.len()), encode) {
         let done = done.map_err(|_| DataError::Stopped { reason: "an encoding thread panicked".into() })??;
-        for (number, ids) in done {
-            all[number] = ids;
+        for (number, made) in done {
+            all[number] = made;
         }
     }
     Ok(all)
@@ -397,7 +431,7 @@ fn refuse(text: &Text, unfit: Unfit, inputs: &[Input]) -> DataError {
 }
 
 /// The split of a text: validation if its hash, evenly distributed over 64 bits, is below the ratio.
-fn split_of(text: &str, validation_ratio: f64) -> Split {
+pub(super) fn split_of(text: &str, validation_ratio: f64) -> Split {
     // A CRC alone is linear in its input; the multiplications spread it.
     let mut hash = crc_fast::crc64_nvme(text.as_bytes());
     hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

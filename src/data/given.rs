@@ -1,36 +1,127 @@
 //! A given tokenizer: a file, a folder, or an address in a store.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
-use super::{DataError, input, prepare::TokenizerSource, tokenizer::MAX_FILE_BYTES};
+use bytes::Bytes;
+use serde_json::Value;
+
+use super::{DataError, input, marks, prepare::TokenizerSource, tokenizer::MAX_FILE_BYTES};
 use crate::{
     config::{StorageConfig, read_small},
-    layout::TOKENIZER,
+    layout::{GENERATION_CONFIG, MODEL_CONFIG, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES},
     storage::{StorageError, Store},
 };
 
-/// The bytes of a tokenizer, and its name.
+/// The files of a folder that travel with its tokenizer.
+fn others() -> impl Iterator<Item = &'static str> {
+    TOKENIZER_FILES.into_iter().chain([GENERATION_CONFIG, MODEL_CONFIG]).filter(|name| marks::travels(name))
+}
+
+/// A given tokenizer.
 pub(super) struct Given {
     pub name: String,
+    /// Its `tokenizer.json`.
     pub json: Vec<u8>,
+    /// Of a folder: the files beside it that say how it is used, by name.
+    pub files: Vec<(String, Bytes)>,
+}
+
+impl Given {
+    fn object(&self, name: &str) -> Result<Option<Value>, DataError> {
+        let Some((_, bytes)) = self.files.iter().find(|(file, _)| file == name) else { return Ok(None) };
+        serde_json::from_slice(bytes).map(Some).map_err(|error| DataError::Tokenizer {
+            file: self.name.clone(),
+            reason: format!("has a {name} that is not JSON: {error}"),
+        })
+    }
+
+    /// The special tokens that the folder names, such as `bos_token`.
+    pub(super) fn special_tokens(&self) -> Result<BTreeMap<String, String>, DataError> {
+        let mut tokens = BTreeMap::new();
+        // The first file that names one decides.
+        for name in [TOKENIZER_CONFIG, SPECIAL_TOKENS] {
+            let Some(Value::Object(fields)) = self.object(name)? else { continue };
+            for (key, value) in fields.iter().filter(|(key, _)| key.ends_with("_token") && !key.starts_with("add_")) {
+                if let Some(text) = value.get("content").unwrap_or(value).as_str() {
+                    tokens.entry(key.clone()).or_insert_with(|| text.to_owned());
+                }
+            }
+        }
+        Ok(tokens)
+    }
+
+    /// The ids with which the model ends a text: those of its description first, then those of its generation settings.
+    pub(super) fn eos_ids(&self) -> Result<Vec<u32>, DataError> {
+        let one = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+        let mut found = Vec::new();
+        for name in [MODEL_CONFIG, GENERATION_CONFIG] {
+            let object = self.object(name)?;
+            match object.as_ref().and_then(|object| object.get("eos_token_id")) {
+                Some(Value::Array(ids)) => found.extend(ids.iter().filter_map(one)),
+                Some(id) => found.extend(one(id)),
+                None => {}
+            }
+        }
+        Ok(found)
+    }
+
+    /// The folder's chat template; of several, the one named "default".
+    pub(super) fn chat_template(&self) -> Result<Option<String>, DataError> {
+        let failed = |reason: &str| DataError::Tokenizer { file: self.name.clone(), reason: reason.to_owned() };
+        if let Some((_, bytes)) = self.files.iter().find(|(file, _)| file == "chat_template.jinja") {
+            let text = std::str::from_utf8(bytes).map_err(|_| failed("has a chat_template.jinja that is not UTF-8"))?;
+            return Ok(Some(text.to_owned()));
+        }
+        for name in ["chat_template.json", TOKENIZER_CONFIG] {
+            match self.object(name)?.as_ref().and_then(|object| object.get("chat_template")) {
+                Some(Value::String(text)) => return Ok(Some(text.clone())),
+                Some(Value::Array(named)) => {
+                    let default = named.iter().find(|one| one["name"] == "default");
+                    let text = default.and_then(|one| one["template"].as_str());
+                    return text
+                        .map(|text| Some(text.to_owned()))
+                        .ok_or_else(|| failed("has several chat templates, none of them named \"default\""));
+                }
+                _ => {}
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// Reads the tokenizer that `source` names; `None` if it is to be trained.
 pub(super) async fn load(source: &TokenizerSource, storage: &StorageConfig) -> Result<Option<Given>, DataError> {
     match source {
         TokenizerSource::Train { .. } => Ok(None),
-        TokenizerSource::File(path) => {
-            let path = file(path)?;
-            Ok(Some(Given { json: read(&path)?, name: path.display().to_string() }))
-        }
+        TokenizerSource::File(path) => local(path, None).map(Some),
         TokenizerSource::Uri(uri) => match input::local_path(uri) {
-            Some(path) => {
-                let path = file(&path)?;
-                Ok(Some(Given { json: read(&path)?, name: uri.clone() }))
-            }
+            Some(path) => local(&path, Some(uri)).map(Some),
             None => fetch(uri, storage).await.map(Some),
         },
     }
+}
+
+/// A tokenizer on this machine, called `name`.
+fn local(path: &Path, name: Option<&str>) -> Result<Given, DataError> {
+    let inside = file(path)?;
+    let mut files = Vec::new();
+    if path.is_dir() {
+        for name in others() {
+            let file = path.join(name);
+            if file.is_file() {
+                let bytes = read_small(&file, MAX_FILE_BYTES).map_err(|error| DataError::Tokenizer {
+                    file: file.display().to_string(),
+                    reason: format!("can't be read: {error}"),
+                })?;
+                files.push((name.to_owned(), bytes.into()));
+            }
+        }
+    }
+    let name = name.map_or_else(|| inside.display().to_string(), str::to_owned);
+    Ok(Given { json: read(&inside)?, name, files })
 }
 
 /// The file itself: of a folder its `tokenizer.json`.
@@ -95,15 +186,26 @@ async fn fetch(uri: &str, storage: &StorageConfig) -> Result<Given, DataError> {
         match Store::open(folder, storage).map_err(failed)?.get(key, MAX_FILE_BYTES).await {
             Ok(bytes) => {
                 check(&bytes, uri, folder)?;
-                return Ok(Given { name: uri.to_owned(), json: bytes.to_vec() });
+                return Ok(Given { name: uri.to_owned(), json: bytes.to_vec(), files: Vec::new() });
             }
             Err(StorageError::NotFound { .. }) => {}
             Err(source) => return Err(failed(source)),
         }
     }
     let name = format!("{uri}/{TOKENIZER}");
-    match Store::open(uri, storage).map_err(failed)?.get(TOKENIZER, MAX_FILE_BYTES).await {
-        Ok(bytes) => Ok(Given { name, json: bytes.to_vec() }),
+    let folder = Store::open(uri, storage).map_err(failed)?;
+    match folder.get(TOKENIZER, MAX_FILE_BYTES).await {
+        Ok(bytes) => {
+            let mut files = Vec::new();
+            for name in others() {
+                match folder.get(name, MAX_FILE_BYTES).await {
+                    Ok(bytes) => files.push((name.to_owned(), bytes)),
+                    Err(StorageError::NotFound { .. }) => {}
+                    Err(source) => return Err(failed(source)),
+                }
+            }
+            Ok(Given { name, json: bytes.to_vec(), files })
+        }
         Err(StorageError::NotFound { .. }) => Err(DataError::Tokenizer {
             file: uri.to_owned(),
             reason: format!("does not exist, and is no folder with a {TOKENIZER} either"),

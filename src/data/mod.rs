@@ -22,6 +22,7 @@
 #![doc = include_str!("README.md")]
 
 pub mod cache;
+mod chat;
 mod columns;
 mod compressed;
 mod documents;
@@ -31,10 +32,14 @@ mod given;
 pub mod identity;
 mod input;
 mod json;
+mod layout;
 mod left_out;
+pub mod marks;
 pub mod meaning;
+mod pack;
 mod pages;
 mod place;
+mod placing;
 pub mod prepare;
 mod progress;
 mod records;
@@ -51,6 +56,8 @@ mod writer;
 use std::path::PathBuf;
 
 pub use cache::{LocalDataset, ensure_local};
+pub use layout::{DocumentFormat, LayoutSettings};
+pub use marks::Marks;
 pub use prepare::{PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource, prepare};
 pub use sampler::Sampler;
 pub use shards::{Dataset, Split};
@@ -85,6 +92,16 @@ pub enum DataError {
         dataset: String,
         /// The split.
         split: Split,
+        /// The configured length.
+        sequence_length: u32,
+    },
+    /// A packed dataset is used with another sequence length than it was cut for.
+    #[error("{dataset} is packed for sequences of {packed} tokens, but data.sequence_length is {sequence_length}")]
+    Packed {
+        /// The dataset.
+        dataset: String,
+        /// The length that it was cut for.
+        packed: u32,
         /// The configured length.
         sequence_length: u32,
     },
@@ -189,6 +206,7 @@ impl Explain for DataError {
             Self::NoSuchSample { .. } | Self::Stopped { .. } => Kind::Bug,
             Self::Missing { .. }
             | Self::NoSamples { .. }
+            | Self::Packed { .. }
             | Self::Vocabulary { .. }
             | Self::Input { .. }
             | Self::Broken { .. }
@@ -209,6 +227,9 @@ impl Explain for DataError {
                     .into()
             }
             Self::NoSamples { .. } => "lower data.sequence_length, or prepare more text".into(),
+            Self::Packed { packed, .. } => {
+                format!("set data.sequence_length to {packed}, or prepare the data again with --sequence-length")
+            }
             Self::Vocabulary { data_vocab, .. } => format!(
                 "set vocab_size in the model's config.json to {data_vocab} or more, or prepare the data with the \
                 model's tokenizer"

@@ -39,8 +39,9 @@ use super::{
     encode::{Counts, Job},
     given::{self, Given},
     input::{self, Input, Place},
+    layout::{DocumentFormat, LayoutSettings},
     shards::{FORMAT, INDEX, Index, MAX_INDEX_BYTES, Split},
-    tokenizer::{END_OF_TEXT, MAX_SAMPLE_BYTES},
+    tokenizer::{END_OF_TEXT, MAX_SAMPLE_BYTES, framing},
 };
 use crate::{
     config::StorageConfig,
@@ -105,6 +106,8 @@ pub struct PrepareSettings {
     pub skip_unreadable: bool,
     /// Whether to continue without the records that can't be read.
     pub skip_bad_records: bool,
+    /// How documents are laid out.
+    pub layout: LayoutSettings,
     /// Encoding threads; 0: one per core.
     pub threads: usize,
     /// Settings for the stores.
@@ -126,6 +129,7 @@ impl PrepareSettings {
             overwrite: false,
             skip_unreadable: false,
             skip_bad_records: false,
+            layout: LayoutSettings::default(),
             threads: 0,
             storage: StorageConfig::plain(16, 8),
         }
@@ -152,6 +156,11 @@ impl PrepareSettings {
         }
         if self.text_field.is_empty() {
             return refuse("--text-field", "is empty".into());
+        }
+        self.layout.check()?;
+        if let (TokenizerSource::Train { .. }, DocumentFormat::Chat) = (&self.tokenizer, self.layout.format) {
+            let reason = "a trained tokenizer has no chat template; give the folder of a chat model".into();
+            return refuse("--tokenizer", reason);
         }
         if let (TokenizerSource::Train { .. }, Some(token)) = (&self.tokenizer, &self.eos_token)
             && token != END_OF_TEXT
@@ -187,6 +196,13 @@ pub struct PrepareSummary {
     pub skipped: u64,
     /// Records left out because they can't be read; 0 if reused.
     pub bad_records: u64,
+    /// Documents left out because they are longer than a row.
+    pub too_long: u64,
+    /// Chats left out because they have no target.
+    pub without_target: u64,
+    /// Tokens of the training split that are targets; absent if all are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub targets: Option<u64>,
 }
 
 /// Prepares a dataset and returns a summary. `progress` is called from other threads, several times a second.
@@ -217,13 +233,23 @@ pub(super) async fn prepare_into(
     progress(PrepareEvent::Found { files: inputs.len() as u64, bytes: inputs.iter().map(|input| input.bytes).sum() });
     let files = inputs.len() as u64;
     let given = given::load(&settings.tokenizer, &settings.storage).await?;
-    let recipe = recipe(&settings, &inputs, given.as_ref());
+    let (recipe, of_tokens_alone) = recipes(&settings, &inputs, given.as_ref())?;
+    let others = given.as_ref().map(|given| given.files.clone()).unwrap_or_default();
     match store.get(INDEX, MAX_INDEX_BYTES).await {
         Ok(_) if settings.overwrite => store.delete(INDEX).await.map_err(|e| failed("delete the index of", e))?,
         Ok(bytes) => {
             let origin = format!("{}/{INDEX}", store.uri());
             return match Index::parse(&bytes, &origin) {
                 Ok(index) if index.recipe == recipe => Ok(summary(&index, store.uri(), true, files, Counts::default())),
+                Ok(index) if index.format == FORMAT && index.recipe == of_tokens_alone => {
+                    let message = format!(
+                        "{} was prepared by an earlier version, without the tokenizer's begin token and its folder's \
+                         other files, and stays so; --overwrite prepares it anew",
+                        store.uri()
+                    );
+                    progress(PrepareEvent::Warning { message });
+                    Ok(summary(&index, store.uri(), true, files, Counts::default()))
+                }
                 _ => Err(DataError::Exists { uri: store.uri() }),
             };
         }
@@ -245,7 +271,9 @@ pub(super) async fn prepare_into(
         .await
         .map_err(|error| DataError::Stopped { reason: error.to_string() })??;
     index.recipe = recipe;
-    store.put(TOKENIZER, tokenizer).await.map_err(|e| failed("write the tokenizer to", e))?;
+    for (name, bytes) in others.into_iter().chain([(TOKENIZER.to_owned(), tokenizer)]) {
+        store.put(&name, bytes).await.map_err(|e| failed("write the tokenizer to", e))?;
+    }
     sweep(&store, &index).await?;
     match store.create(INDEX, index.to_bytes().into()).await.map_err(|e| failed("write the index to", e))? {
         CreateOutcome::Created => Ok(summary(&index, store.uri(), false, files, counts)),
@@ -257,9 +285,8 @@ pub(super) async fn prepare_into(
 async fn sweep(store: &Store, index: &Index) -> Result<(), DataError> {
     let failed = |source| DataError::Store { doing: "delete old shards of", uri: store.uri(), source };
     for object in store.list("").await.map_err(failed)? {
-        let left_over = Split::ALL
-            .into_iter()
-            .any(|split| split.shard_number(&object.key).is_some_and(|number| number >= index.shards(split).len()));
+        let is_ours = Split::ALL.into_iter().any(|split| split.shard_number(&object.key).is_some());
+        let left_over = is_ours && index.files().all(|file| file.file != object.key);
         if left_over {
             store.delete(&object.key).await.map_err(failed)?;
         }
@@ -268,6 +295,7 @@ async fn sweep(store: &Store, index: &Index) -> Result<(), DataError> {
 }
 
 fn summary(index: &Index, uri: String, reused: bool, files: u64, counts: Counts) -> PrepareSummary {
+    let dropped = index.documents.as_ref().map(|documents| documents.dropped).unwrap_or_default();
     PrepareSummary {
         uri,
         reused,
@@ -279,12 +307,18 @@ fn summary(index: &Index, uri: String, reused: bool, files: u64, counts: Counts)
         files,
         skipped: counts.skipped,
         bad_records: counts.bad_records,
+        too_long: dropped.too_long,
+        without_target: dropped.without_target,
+        targets: index
+            .has_marks()
+            .then(|| index.train.iter().filter_map(|shard| shard.marks.as_ref()).map(|marks| marks.targets).sum()),
     }
 }
 
-/// A checksum over everything that decides the output, as far as it can be known without reading the inputs. Inputs
-/// count by file name and size, so that a moved folder gives the same dataset.
-fn recipe(settings: &PrepareSettings, inputs: &[Input], given: Option<&Given>) -> String {
+/// Checksums over everything that decides the output, as far as it can be known without reading the inputs. Inputs
+/// count by file name and size, so that a moved folder gives the same dataset. The second one is what it would be if
+/// the tokenizer put nothing around a text and lay in no folder, as in datasets of earlier versions.
+fn recipes(settings: &PrepareSettings, inputs: &[Input], given: Option<&Given>) -> Result<(String, String), DataError> {
     let tokenizer = match (&settings.tokenizer, given) {
         (TokenizerSource::Train { vocab }, _) => format!("train:{vocab} on {}", settings.sample_budget(*vocab)),
         (_, given) => format!("{:016x}", crc_fast::crc64_nvme(given.map_or(&[], |given| &given.json))),
@@ -296,9 +330,24 @@ fn recipe(settings: &PrepareSettings, inputs: &[Input], given: Option<&Given>) -
     if settings.skip_bad_records {
         text.push_str("without bad records\n");
     }
+    text.push_str(&settings.layout.recipe());
     for input in inputs.iter().filter(|input| !matches!(input.place, Place::Unreadable(_))) {
         text.push_str(&format!("{} {}\n", input.bytes, input.last_name()));
     }
+    let of_tokens_alone = sum(&text);
+    if let Some(given) = given {
+        let framing = framing(&given.json, &given.name)?;
+        if framing.bos_id.is_some() {
+            text.push_str(&format!("around a text {framing:?}\n"));
+        }
+        for (name, bytes) in &given.files {
+            text.push_str(&format!("file {name} {:016x}\n", crc_fast::crc64_nvme(bytes)));
+        }
+    }
+    Ok((sum(&text), of_tokens_alone))
+}
+
+fn sum(text: &str) -> String {
     format!("{:016x}", crc_fast::crc64_nvme(text.as_bytes()))
 }
 

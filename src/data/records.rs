@@ -131,6 +131,16 @@ pub(super) fn read(
     loop {
         let (line, bad) = match records.next().map_err(|error| source.read_error(error))? {
             None => return Ok(notes),
+            Some(Next::Record { line }) if wanted.chats => match std::str::from_utf8(&records.buffer) {
+                Ok(text) => {
+                    notes.documents += 1;
+                    if !sink(Piece { text, continues: false, at: At::Record(line) })? {
+                        return Ok(notes);
+                    }
+                    continue;
+                }
+                Err(_) => (line, "is not UTF-8".to_owned()),
+            },
             Some(Next::Record { line }) => match document(&records.buffer, wanted.field) {
                 Ok(Some(text)) => {
                     notes.documents += u64::from(!text.is_empty());
@@ -156,8 +166,8 @@ pub(super) fn read(
 /// The message about a record of a conversation.
 pub(super) fn chat(name: &str) -> String {
     format!(
-        "is a record of a conversation (field {name:?}), which this version does not train on; write each as one text, \
-         and name its field with --text-field"
+        "is a record of a conversation (field {name:?}): --format chat renders JSON records of them with the chat \
+         template of --tokenizer; to train on a text instead, name its field with --text-field"
     )
 }
 

@@ -59,6 +59,7 @@ impl Sampler {
 
     /// Like [`Sampler::new`] over the samples of a dataset's split; if it has none, the error says what to do.
     pub fn over(dataset: &super::Dataset, split: Split, sequence_length: u32, seed: u64) -> Result<Self, DataError> {
+        dataset.check_length(sequence_length)?;
         Self::new(seed, dataset.samples(split, sequence_length)).ok_or_else(|| DataError::NoSamples {
             dataset: dataset.dir().display().to_string(),
             split,

@@ -5,11 +5,16 @@
 //! index.json               format, dtype, vocabulary, tokenizer, each shard's tokens, bytes, CRC64-NVME; written last
 //! tokenizer.json           Hugging Face `tokenizers`
 //! train-00000.bin …        token ids, little endian, u16 if the vocabulary has at most 65,536 entries, else u32
+//! train-00000.marks …      format 2, unless documents are joined: their starts, and the targets ([`super::marks`])
 //! validation-00000.bin …   the same, of the documents kept for validation
+//! tokenizer_config.json …  format 2: the other files of a given tokenizer's folder
 //! ```
 //! Documents follow one another, joined by the end-of-text token. A sample is a window of `sequence_length + 1` tokens;
 //! the next one starts `sequence_length` further on, so each token but a shard's first is predicted exactly once.
 //! Windows don't cross the end of a shard, whose last few tokens stay unused.
+//!
+//! Format 1 has nothing but tokens. Format 2 adds marks, and rows: a *packed* dataset is cut for one sequence length
+//! when it is prepared, into rows of `sequence_length + 1` tokens that hold whole documents. A row is a sample.
 //!
 //! # Reading
 //! With positioned reads into a buffer on the stack, not through a memory map: the bytes come from the same page cache,
@@ -29,13 +34,18 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::DataError;
+use super::{
+    DataError,
+    marks::{Documents, MarksEntry},
+};
 use crate::storage::Crc64;
 
 /// Name of the index.
 pub const INDEX: &str = "index.json";
-/// The index's format that this program writes and reads.
+/// The format of an index of tokens alone.
 pub const FORMAT: u32 = 1;
+/// The format of an index that says how documents were made; its shards may have marks.
+pub const FORMAT_WITH_MARKS: u32 = 2;
 /// The longest index that is accepted: one of a hundred thousand shards has 15 MiB.
 pub const MAX_INDEX_BYTES: u64 = 64 << 20;
 
@@ -66,11 +76,16 @@ impl Split {
         format!("{}-{number:05}.bin", self.as_str())
     }
 
-    /// The number of a shard's name; `None` for anything else.
+    /// Name of the marks of the shard with this number.
+    pub fn marks_name(self, number: usize) -> String {
+        format!("{}-{number:05}.marks", self.as_str())
+    }
+
+    /// The number in the name of a shard or of its marks; `None` for anything else.
     pub fn shard_number(self, name: &str) -> Option<usize> {
-        let digits = name.strip_prefix(self.as_str())?.strip_prefix('-')?.strip_suffix(".bin")?;
-        let number = digits.parse().ok()?;
-        (self.shard_name(number) == name).then_some(number)
+        let (stem, _) = name.rsplit_once('.')?;
+        let number = stem.strip_prefix(self.as_str())?.strip_prefix('-')?.parse().ok()?;
+        (self.shard_name(number) == name || self.marks_name(number) == name).then_some(number)
     }
 }
 
@@ -108,7 +123,7 @@ impl TokenType {
 /// `index.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Index {
-    /// [`FORMAT`].
+    /// [`FORMAT`] or [`FORMAT_WITH_MARKS`].
     pub format: u32,
     /// How a token id is stored.
     pub dtype: TokenType,
@@ -120,6 +135,9 @@ pub struct Index {
     pub recipe: String,
     /// The tokenizer's file.
     pub tokenizer: FileEntry,
+    /// Format 2: how documents were made and laid out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub documents: Option<Documents>,
     /// Training shards, in order.
     pub train: Vec<ShardEntry>,
     /// Validation shards, in order.
@@ -146,6 +164,9 @@ pub struct ShardEntry {
     pub file: FileEntry,
     /// Token ids in it.
     pub tokens: u64,
+    /// Format 2: its marks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub marks: Option<MarksEntry>,
 }
 
 impl Index {
@@ -158,8 +179,17 @@ impl Index {
     }
 
     fn check(&self) -> Result<(), String> {
-        if self.format != FORMAT {
-            return Err(format!("format {} is not known; this program reads format {FORMAT}", self.format));
+        if !(FORMAT..=FORMAT_WITH_MARKS).contains(&self.format) {
+            return Err(format!(
+                "format {} is not known; this program reads formats {FORMAT} and {FORMAT_WITH_MARKS}",
+                self.format
+            ));
+        }
+        match (&self.documents, self.format == FORMAT_WITH_MARKS) {
+            (Some(documents), true) => documents.check(self.vocab_size)?,
+            (None, false) => {}
+            (Some(_), false) => return Err(format!("format {} has no \"documents\"", self.format)),
+            (None, true) => return Err("\"documents\" is missing".into()),
         }
         if self.vocab_size == 0 || self.eos_id >= self.vocab_size {
             return Err(format!("end-of-text id {} is not below vocabulary size {}", self.eos_id, self.vocab_size));
@@ -175,7 +205,11 @@ impl Index {
             ));
         }
         // Lengths are added in several places: this check makes sure that no sum overflows.
-        let mut total = self.tokenizer.bytes;
+        let others = self.documents.iter().flat_map(|documents| &documents.files);
+        let mut total = others
+            .map(|file| file.bytes)
+            .try_fold(self.tokenizer.bytes, u64::checked_add)
+            .ok_or("the files have more than 2^64 bytes")?;
         for split in Split::ALL {
             for (number, shard) in self.shards(split).iter().enumerate() {
                 let name = split.shard_name(number);
@@ -185,10 +219,34 @@ impl Index {
                 if shard.tokens.checked_mul(self.dtype.width() as u64) != Some(shard.file.bytes) {
                     return Err(format!("{name} has {} bytes for {} tokens", shard.file.bytes, shard.tokens));
                 }
-                total = total.checked_add(shard.file.bytes).ok_or("the files have more than 2^64 bytes")?;
+                let marks = match (&shard.marks, &self.documents) {
+                    (Some(marks), Some(documents)) => {
+                        marks.check(&split.marks_name(number), shard.tokens, documents.packed)?
+                    }
+                    // Joined documents need none.
+                    (None, documents) if !documents.as_ref().is_some_and(|documents| documents.needs_marks()) => 0,
+                    _ => return Err(format!("{name} lacks the marks of its format, or has those of another")),
+                };
+                if shard.marks.is_some() != self.has_marks() {
+                    return Err(format!("{name} has marks and another shard has none, or the reverse"));
+                }
+                total = total
+                    .checked_add(shard.file.bytes)
+                    .and_then(|total| total.checked_add(marks))
+                    .ok_or("the files have more than 2^64 bytes")?;
             }
         }
         Ok(())
+    }
+
+    /// Whether the shards have marks.
+    pub fn has_marks(&self) -> bool {
+        self.train.iter().chain(&self.validation).any(|shard| shard.marks.is_some())
+    }
+
+    /// The one sequence length that a packed dataset was cut for.
+    pub fn packed(&self) -> Option<u32> {
+        self.documents.as_ref().and_then(|documents| documents.packed)
     }
 
     /// The shards of a split, in order.
@@ -204,14 +262,31 @@ impl Index {
         self.shards(split).iter().map(|shard| shard.tokens).sum()
     }
 
-    /// The number of samples of `sequence_length` predictions in a split; 0 for a length of 0.
+    /// The number of samples of `sequence_length` predictions in a split; 0 for a length of 0, and for a length that a
+    /// packed dataset was not cut for.
     pub fn samples(&self, split: Split, sequence_length: u32) -> u64 {
-        self.shards(split).iter().map(|shard| samples_in(shard.tokens, u64::from(sequence_length))).sum()
+        self.shards(split).iter().map(|shard| self.samples_in(shard.tokens, u64::from(sequence_length))).sum()
     }
 
-    /// Every file beside the index: the tokenizer, then all shards.
+    fn samples_in(&self, tokens: u64, length: u64) -> u64 {
+        match self.packed() {
+            Some(packed) if u64::from(packed) != length => 0,
+            Some(_) => tokens / (length + 1),
+            None => tokens.saturating_sub(1).checked_div(length).unwrap_or(0),
+        }
+    }
+
+    /// Tokens from the beginning of one sample to that of the next.
+    fn stride(&self, length: u64) -> u64 {
+        if self.packed().is_some() { length + 1 } else { length }
+    }
+
+    /// Every file beside the index: the tokenizer and its other files, then all shards, each before its marks.
     pub fn files(&self) -> impl Iterator<Item = &FileEntry> {
-        std::iter::once(&self.tokenizer).chain(Split::ALL.into_iter().flat_map(|s| self.shards(s)).map(|s| &s.file))
+        let others = self.documents.iter().flat_map(|documents| &documents.files);
+        let shards = Split::ALL.into_iter().flat_map(|split| self.shards(split));
+        let shards = shards.flat_map(|shard| [Some(&shard.file), shard.marks.as_ref().map(|marks| &marks.file)]);
+        std::iter::once(&self.tokenizer).chain(others).chain(shards.flatten())
     }
 
     /// The stored form: the same index gives the same bytes.
@@ -238,10 +313,18 @@ pub(super) mod crc_text {
 }
 
 #[derive(Debug)]
-struct OpenShard {
+pub(super) struct OpenShard {
     file: File,
     name: String,
     tokens: u64,
+    pub(super) marks: Option<OpenMarks>,
+}
+
+/// The marks of an open shard.
+#[derive(Debug)]
+pub(super) struct OpenMarks {
+    pub file: File,
+    pub name: String,
 }
 
 /// A prepared dataset in a local folder, open for reading. Can be read from several threads at once.
@@ -266,7 +349,9 @@ impl Dataset {
             index.shards(split).iter().map(|shard| open_shard(dir, shard)).collect()
         };
         let (train, validation) = (open_all(Split::Train)?, open_all(Split::Validation)?);
-        Ok(Self { dir: dir.to_owned(), index, train, validation })
+        let dataset = Self { dir: dir.to_owned(), index, train, validation };
+        dataset.check_marks()?;
+        Ok(dataset)
     }
 
     /// The folder.
@@ -284,23 +369,39 @@ impl Dataset {
         self.index.samples(split, sequence_length)
     }
 
+    /// Refuses a sequence length that a packed dataset was not cut for.
+    ///
+    /// # Errors
+    /// [`DataError::Packed`].
+    pub fn check_length(&self, sequence_length: u32) -> Result<(), DataError> {
+        match self.index.packed().filter(|packed| *packed != sequence_length) {
+            Some(packed) => Err(DataError::Packed { dataset: self.dir.display().to_string(), packed, sequence_length }),
+            None => Ok(()),
+        }
+    }
+
     /// Fills `tokens`, of length `sequence_length + 1`, with sample `index` of those that [`Dataset::samples`] counts.
     ///
     /// The first `sequence_length` tokens are the input, the last `sequence_length` the targets. Allocates nothing.
     pub fn read_sample(&self, split: Split, index: u64, tokens: &mut [i64]) -> Result<(), DataError> {
-        let length = (tokens.len() as u64).saturating_sub(1);
+        let (shard, first) = self.locate(split, index, (tokens.len() as u64).saturating_sub(1))?;
+        self.read_tokens(shard, first, tokens)
+    }
+
+    /// The shard of a sample, and the sample's first token in it.
+    pub(super) fn locate(&self, split: Split, index: u64, length: u64) -> Result<(&OpenShard, u64), DataError> {
         let mut within = index;
         for shard in self.shards(split) {
-            let here = samples_in(shard.tokens, length);
+            let here = self.index.samples_in(shard.tokens, length);
             if within < here {
-                return self.read_tokens(shard, within * length, tokens);
+                return Ok((shard, within * self.index.stride(length)));
             }
             within -= here;
         }
         Err(DataError::NoSuchSample { split, index, samples: index - within })
     }
 
-    fn shards(&self, split: Split) -> &[OpenShard] {
+    pub(super) fn shards(&self, split: Split) -> &[OpenShard] {
         match split {
             Split::Train => &self.train,
             Split::Validation => &self.validation,
@@ -314,13 +415,7 @@ impl Dataset {
         for part in tokens.chunks_mut(CHUNK / width) {
             let bytes = &mut buffer[..part.len() * width];
             // No overflow: the shard's last byte has an offset below 2^64, and the caller stays within its tokens.
-            shard.file.read_exact_at(bytes, at * width as u64).map_err(|source| match source.kind() {
-                std::io::ErrorKind::UnexpectedEof => DataError::Damaged {
-                    file: self.dir.join(&shard.name).display().to_string(),
-                    reason: "has become shorter since it was opened".into(),
-                },
-                _ => DataError::Io { doing: "read", path: self.dir.join(&shard.name), source },
-            })?;
+            self.read_at(&shard.file, &shard.name, at * width as u64, bytes)?;
             match self.index.dtype {
                 TokenType::U16 => {
                     for (token, bytes) in part.iter_mut().zip(bytes.chunks_exact(2)) {
@@ -335,26 +430,25 @@ impl Dataset {
             }
             // An id beyond the embedding's rows would be undefined behaviour or an abort deep inside a kernel.
             if let Some(place) = part.iter().position(|&token| token >= i64::from(self.index.vocab_size)) {
-                return Err(DataError::Damaged {
-                    file: self.dir.join(&shard.name).display().to_string(),
-                    reason: format!(
-                        "token {} has id {}, the vocabulary has {}",
-                        at + place as u64,
-                        part[place],
-                        self.index.vocab_size
-                    ),
-                });
+                let (token, id, vocab_size) = (at + place as u64, part[place], self.index.vocab_size);
+                let reason = format!("token {token} has id {id}, the vocabulary has {vocab_size}");
+                return Err(self.damaged(&shard.name, reason));
             }
             at += part.len() as u64;
         }
         Ok(())
     }
-}
 
-const fn samples_in(tokens: u64, length: u64) -> u64 {
-    match tokens.saturating_sub(1).checked_div(length) {
-        Some(samples) => samples,
-        None => 0,
+    /// Bytes of the open file `name`.
+    pub(super) fn read_at(&self, file: &File, name: &str, offset: u64, bytes: &mut [u8]) -> Result<(), DataError> {
+        file.read_exact_at(bytes, offset).map_err(|source| match source.kind() {
+            std::io::ErrorKind::UnexpectedEof => self.damaged(name, "has become shorter since it was opened".into()),
+            _ => DataError::Io { doing: "read", path: self.dir.join(name), source },
+        })
+    }
+
+    pub(super) fn damaged(&self, name: &str, reason: String) -> DataError {
+        DataError::Damaged { file: self.dir.join(name).display().to_string(), reason }
     }
 }
 
@@ -382,7 +476,17 @@ pub(super) fn read_index_bytes(dir: &Path) -> Result<Vec<u8>, DataError> {
 }
 
 fn open_shard(dir: &Path, shard: &ShardEntry) -> Result<OpenShard, DataError> {
-    let path = dir.join(&shard.file.file);
+    let marks = match &shard.marks {
+        Some(marks) => Some(OpenMarks { file: open_file(dir, &marks.file)?, name: marks.file.file.clone() }),
+        None => None,
+    };
+    let name = shard.file.file.clone();
+    Ok(OpenShard { file: open_file(dir, &shard.file)?, name, tokens: shard.tokens, marks })
+}
+
+/// Opens a file beside the index, and checks its length.
+fn open_file(dir: &Path, entry: &FileEntry) -> Result<File, DataError> {
+    let path = dir.join(&entry.file);
     let file = File::open(&path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => {
             DataError::Damaged { file: path.display().to_string(), reason: "is in the index but not there".into() }
@@ -390,13 +494,13 @@ fn open_shard(dir: &Path, shard: &ShardEntry) -> Result<OpenShard, DataError> {
         _ => DataError::Io { doing: "open", path: path.clone(), source },
     })?;
     let length = file.metadata().map_err(|source| DataError::Io { doing: "read", path: path.clone(), source })?.len();
-    if length != shard.file.bytes {
+    if length != entry.bytes {
         return Err(DataError::Damaged {
             file: path.display().to_string(),
-            reason: format!("has {length} bytes, its index says {}", shard.file.bytes),
+            reason: format!("has {length} bytes, its index says {}", entry.bytes),
         });
     }
-    Ok(OpenShard { file, name: shard.file.file.clone(), tokens: shard.tokens })
+    Ok(file)
 }
 
 #[cfg(test)]
@@ -421,7 +525,7 @@ mod tests {
                 let body: Vec<u8> = ids.flat_map(|id| id.to_le_bytes()[..dtype.width()].to_vec()).collect();
                 let name = Split::Train.shard_name(number);
                 std::fs::write(dir.join(&name), &body).unwrap();
-                ShardEntry { file: entry(&name, &body), tokens }
+                ShardEntry { file: entry(&name, &body), tokens, marks: None }
             })
             .collect();
         std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
@@ -432,6 +536,7 @@ mod tests {
             eos_id: 0,
             recipe: String::new(),
             tokenizer: entry("tokenizer.json", b"{}"),
+            documents: None,
             train,
             validation: Vec::new(),
         };
@@ -514,6 +619,7 @@ mod tests {
         assert_eq!(Index::parse(good.as_bytes(), "x").unwrap(), index);
         for (from, to) in [
             ("\"format\": 1", "\"format\": 2"),
+            ("\"format\": 1", "\"format\": 3"),
             ("u16", "u32"),
             ("u16", "f32"),
             ("\"vocab_size\": 100", "\"vocab_size\": 0"),

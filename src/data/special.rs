@@ -135,6 +135,18 @@ impl Specials {
         Ok(Self { ids, unknown, lost, closed })
     }
 
+    pub(super) fn ids(&self) -> &BTreeMap<u32, String> {
+        &self.ids
+    }
+
+    pub(super) fn unknown(&self) -> Option<u32> {
+        self.unknown
+    }
+
+    pub(super) fn may_lose(&self) -> bool {
+        self.lost.is_some()
+    }
+
     /// Ids of `text`, none of them special, except for the unknown token.
     pub(super) fn encode(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Unfit> {
         let refused = |error: tokenizers::Error| Unfit::Refused(error.to_string());

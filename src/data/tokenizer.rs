@@ -10,7 +10,7 @@
 //! exist only when two pairs spell the same token; repeated trainings on text made of such pairs agreed, and a test
 //! repeats them. The sample is bounded because the trainer counts pairs in 32 bits.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use tokenizers::{
     AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer, TokenizerImpl,
@@ -50,6 +50,50 @@ pub const MAX_SAMPLE_BYTES: u64 = 512 << 20;
 /// The longest token that training may produce, bytes of its stored form: a long word that repeats (base64, a line of
 /// dashes) would give tokens as long as itself.
 const MAX_TOKEN_BYTES: usize = 256;
+
+/// The special tokens that a tokenizer puts around a text by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Framing {
+    pub bos_id: Option<u32>,
+    pub eos_id: Option<u32>,
+}
+
+/// Reads the framing of a `tokenizer.json` off an empty text.
+pub(super) fn framing(json: &[u8], file: &str) -> Result<Framing, DataError> {
+    let failed = |reason: String| DataError::Tokenizer { file: file.to_owned(), reason };
+    let mut tokenizer = Tokenizer::from_bytes(json)
+        .map_err(|error| failed(format!("is not a tokenizer.json of Hugging Face tokenizers: {error}")))?;
+    tokenizer.with_padding(None);
+    tokenizer.with_truncation(None).map_err(|error| failed(error.to_string()))?;
+    let encode = |text: &str, special| {
+        tokenizer
+            .encode_fast(text, special)
+            .map(|found| found.get_ids().to_vec())
+            .map_err(|error| failed(error.to_string()))
+    };
+    // Any text that has ids does: what stands before and behind them is put there by the tokenizer.
+    let mut found = None;
+    for text in ["a", "e", "0", "A", ".", "\n"] {
+        let bare = encode(text, false)?;
+        if !bare.is_empty() {
+            found = Some((bare, encode(text, true)?));
+            break;
+        }
+    }
+    let Some((bare, whole)) = found else { return Ok(Framing::default()) };
+    let Some(at) = (0..=whole.len().saturating_sub(bare.len())).find(|&at| whole[at..].starts_with(&bare)) else {
+        return Err(failed("changes a text's own ids when it puts special tokens around it".into()));
+    };
+    let (before, behind) = (&whole[..at], &whole[at + bare.len()..]);
+    match (before, behind) {
+        ([] | [_], [] | [_]) => Ok(Framing { bos_id: before.first().copied(), eos_id: behind.first().copied() }),
+        _ => Err(failed(format!(
+            "puts {} special tokens before a text and {} behind it; this version knows one each",
+            before.len(),
+            behind.len()
+        ))),
+    }
+}
 
 /// The largest `tokenizer.json` that is read. Those in use are smaller.
 pub(super) const MAX_FILE_BYTES: u64 = 256 << 20;
@@ -163,6 +207,21 @@ impl TextTokenizer {
         self.specials.encode(&self.tokenizer, text)
     }
 
+    /// The special tokens: ids that no text produces, and their names.
+    pub(super) fn special_tokens(&self) -> &BTreeMap<u32, String> {
+        self.specials.ids()
+    }
+
+    /// The token for unknown text.
+    pub(super) fn unknown_id(&self) -> Option<u32> {
+        self.specials.unknown()
+    }
+
+    /// Whether there may be text that the stored tokenizer would silently drop.
+    pub(super) fn may_lose(&self) -> bool {
+        self.specials.may_lose()
+    }
+
     /// The id of a token.
     #[cfg(test)]
     pub(super) fn id_of(&self, token: &str) -> Option<u32> {
@@ -184,6 +243,11 @@ impl TextTokenizer {
     /// The token between documents.
     pub fn eos_id(&self) -> u32 {
         self.eos_id
+    }
+
+    /// The token that the tokenizer puts before each text, if it does.
+    pub fn bos_id(&self) -> Result<Option<u32>, DataError> {
+        Ok(framing(&self.json, crate::layout::TOKENIZER)?.bos_id)
     }
 
     /// The stored form: the loaded file as it was, or the trained tokenizer.
@@ -357,6 +421,7 @@ mod tests {
             eos_id: 0,
             recipe: String::new(),
             tokenizer: FileEntry { file: "tokenizer.json".into(), bytes: 0, crc64: Crc64(0) },
+            documents: None,
             train: vec![],
             validation: vec![],
         };

@@ -3,26 +3,50 @@
 //! Each split has one shard in memory at a time; a full one is uploaded in the background while the next one fills, so
 //! it takes the memory of at most two shards per split. The shards become a dataset with the index, which is written
 //! from the result of [`ShardWriter::finish`] once every upload has succeeded.
+//!
+//! A *stream* takes pieces of text one after another, and may mark where documents start. *Rows* take whole documents,
+//! packed ([`super::pack`]); a shard then holds whole rows.
 
 use bytes::Bytes;
 use tokio::{runtime::Handle, task::JoinHandle};
 
 use super::{
     DataError,
+    marks::{MarkWriter, MarksEntry},
+    pack::{Marked, Packer},
     shards::{FileEntry, ShardEntry, Split, TokenType},
 };
 use crate::storage::{Crc64, Store};
+
+/// How the documents of a dataset lie in its shards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ShardShape {
+    /// Below this all ids are.
+    pub vocab_size: u32,
+    /// The token behind each document.
+    pub eos_id: u32,
+    /// The token before each document.
+    pub bos_id: Option<u32>,
+    /// Tokens of a full shard, at least 1.
+    pub shard_tokens: u64,
+    /// Whether starts and targets are written.
+    pub marks: bool,
+    /// Tokens of a row; `None`: a stream.
+    pub row: Option<usize>,
+}
 
 /// Writes one split.
 pub(super) struct ShardWriter {
     split: Split,
     dtype: TokenType,
-    eos_id: u32,
-    /// Bytes of a full shard; a multiple of the token's width.
+    shape: ShardShape,
+    /// Bytes of a full shard; a multiple of the token's width, and of a row's.
     full: usize,
     store: Store,
     runtime: Handle,
     buffer: Vec<u8>,
+    marks: MarkWriter,
+    packer: Option<Packer>,
     shards: Vec<ShardEntry>,
     upload: Option<JoinHandle<Result<(), DataError>>>,
     /// Number of the piece written last.
@@ -30,44 +54,58 @@ pub(super) struct ShardWriter {
 }
 
 impl ShardWriter {
-    /// `shard_tokens` is at least 1.
-    pub(super) fn new(
-        split: Split,
-        vocab_size: u32,
-        eos_id: u32,
-        shard_tokens: u64,
-        store: Store,
-        runtime: Handle,
-    ) -> Self {
-        let dtype = TokenType::for_vocabulary(vocab_size);
-        let full = usize::try_from(shard_tokens).unwrap_or(usize::MAX).saturating_mul(dtype.width());
-        let full = full - full % dtype.width();
+    pub(super) fn new(split: Split, shape: ShardShape, store: Store, runtime: Handle) -> Self {
+        let dtype = TokenType::for_vocabulary(shape.vocab_size);
+        let unit = dtype.width() * shape.row.unwrap_or(1);
+        let full = usize::try_from(shape.shard_tokens).unwrap_or(usize::MAX).saturating_mul(dtype.width());
+        // A row longer than a shard is one.
+        let full = (full - full % unit).max(unit);
+        let packer = shape.row.map(|row| Packer::new(row, shape.eos_id));
         Self {
             split,
             dtype,
-            eos_id,
+            shape,
             full,
             store,
             runtime,
             buffer: Vec::new(),
+            marks: MarkWriter::default(),
+            packer,
             shards: Vec::new(),
             upload: None,
             last: None,
         }
     }
 
-    /// Adds a piece, the `number`-th of all pieces of all inputs. An end-of-text token goes before it unless it
-    /// directly continues this split's last piece: so between documents, and if the piece in between went to the other
-    /// split.
+    /// Adds a piece to a stream, the `number`-th of all pieces of all inputs. An end-of-text token goes before it
+    /// unless it directly continues this split's last piece: so between documents, and if the piece in between went to
+    /// the other split. The begin token goes before a document's first piece.
     pub(super) fn append(&mut self, number: u64, continues: bool, ids: &[u32]) -> Result<(), DataError> {
-        if self.last.is_some_and(|last| !(continues && number == last + 1)) {
-            self.push(self.eos_id)?;
+        let follows = continues && self.last.is_some_and(|last| number == last + 1);
+        if self.last.is_some() && !follows {
+            self.push((self.shape.eos_id, false, true))?;
         }
         self.last = Some(number);
-        ids.iter().try_for_each(|&id| self.push(id))
+        let mut start = !follows;
+        let bos_id = self.shape.bos_id.filter(|_| !continues);
+        for id in bos_id.into_iter().chain(ids.iter().copied()) {
+            self.push((id, start, true))?;
+            start = false;
+        }
+        Ok(())
     }
 
-    fn push(&mut self, id: u32) -> Result<(), DataError> {
+    /// Adds a whole document, of at most a row's length, to rows.
+    pub(super) fn add(&mut self, document: impl ExactSizeIterator<Item = Marked>) -> Result<(), DataError> {
+        let done = self.packer.as_mut().map(|packer| packer.add(document)).unwrap_or_default();
+        done.into_iter().flatten().try_for_each(|token| self.push(token))
+    }
+
+    fn push(&mut self, (id, start, target): Marked) -> Result<(), DataError> {
+        if self.shape.marks {
+            // Windows begin anew with each shard.
+            self.marks.push(start || self.buffer.is_empty(), target);
+        }
         match self.dtype {
             // Ids are below the vocabulary size: the caller has checked.
             TokenType::U16 => self.buffer.extend_from_slice(&(id as u16).to_le_bytes()),
@@ -84,24 +122,24 @@ impl ShardWriter {
     fn flush(&mut self) -> Result<(), DataError> {
         self.wait()?;
         let body = Bytes::from(std::mem::take(&mut self.buffer));
-        let crc64 = Crc64::of(&body);
-        let name = self.split.shard_name(self.shards.len());
-        self.shards.push(ShardEntry {
-            file: FileEntry { file: name.clone(), bytes: body.len() as u64, crc64 },
-            tokens: (body.len() / self.dtype.width()) as u64,
-        });
+        let number = self.shards.len();
+        let named =
+            |name: String, body: &Bytes| FileEntry { file: name, bytes: body.len() as u64, crc64: Crc64::of(body) };
+        let tokens = (body.len() / self.dtype.width()) as u64;
+        let mut entry = ShardEntry { file: named(self.split.shard_name(number), &body), tokens, marks: None };
+        let mut files = vec![(entry.file.clone(), body)];
+        if self.shape.marks {
+            let (bytes, documents, targets) = self.marks.take();
+            let body = Bytes::from(bytes);
+            let file = named(self.split.marks_name(number), &body);
+            entry.marks = Some(MarksEntry { file: file.clone(), documents, targets });
+            files.push((file, body));
+        }
+        self.shards.push(entry);
         let store = self.store.clone();
         self.upload = Some(self.runtime.spawn(async move {
-            let uploaded = store.upload(&name, body, |_| {}).await.map_err(|source| DataError::Store {
-                doing: "write a token shard to",
-                uri: store.uri(),
-                source,
-            })?;
-            if uploaded.crc64 != crc64 {
-                return Err(DataError::Damaged {
-                    file: format!("{}/{name}", store.uri()),
-                    reason: "has another checksum in the store than in memory".into(),
-                });
+            for (file, body) in files {
+                upload(&store, file, body).await?;
             }
             Ok(())
         }));
@@ -116,14 +154,31 @@ impl ShardWriter {
     /// Ends the last document and waits for the uploads.
     pub(super) fn finish(mut self) -> Result<Vec<ShardEntry>, DataError> {
         if self.last.is_some() {
-            self.push(self.eos_id)?;
+            self.push((self.shape.eos_id, false, true))?;
         }
+        let rows = self.packer.as_mut().map(Packer::finish).unwrap_or_default();
+        rows.into_iter().flatten().try_for_each(|token| self.push(token))?;
         if !self.buffer.is_empty() {
             self.flush()?;
         }
         self.wait()?;
         Ok(std::mem::take(&mut self.shards))
     }
+}
+
+async fn upload(store: &Store, file: FileEntry, body: Bytes) -> Result<(), DataError> {
+    let uploaded = store.upload(&file.file, body, |_| {}).await.map_err(|source| DataError::Store {
+        doing: "write a token shard to",
+        uri: store.uri(),
+        source,
+    })?;
+    if uploaded.crc64 != file.crc64 {
+        return Err(DataError::Damaged {
+            file: format!("{}/{}", store.uri(), file.file),
+            reason: "has another checksum in the store than in memory".into(),
+        });
+    }
+    Ok(())
 }
 
 impl Drop for ShardWriter {

@@ -126,12 +126,15 @@ impl Doctor {
         let parameters = shapes.iter().fold(0_u64, |all, (_, shape)| all.saturating_add(elements(shape)));
         let machine = Machine::detect();
         let workers = workers_per_node(parallel, self.nproc_per_node, &machine);
-        Ok(verdict::need(
-            parameters,
-            train.precision == Precision::Bf16,
-            workers,
-            machine.gpus == 0 || gpus::cpu_is_meant(parallel.device),
-        ))
+        let (bf16, on_cpu) =
+            (train.precision == Precision::Bf16, machine.gpus == 0 || gpus::cpu_is_meant(parallel.device));
+        Ok(match &model.lora {
+            None => verdict::need(parameters, bf16, workers, on_cpu),
+            Some(lora) => {
+                let adapters = model::lora::parameters(model.kind, &model.config, lora)?;
+                verdict::need_of_adapters(parameters, adapters, bf16, workers, on_cpu)
+            }
+        })
     }
 
     /// The store, and the duration of a run's saves in it.

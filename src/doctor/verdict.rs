@@ -124,6 +124,8 @@ pub(super) struct Need {
     pub state: u64,
     /// Bytes of all workers on this host's memory.
     pub workers: u64,
+    /// Bytes of the weights that adapters are trained beside, which the agent keeps for its workers.
+    pub base: u64,
 }
 
 /// Bytes of work space that a process with LibTorch takes on a CPU.
@@ -135,20 +137,33 @@ pub(super) fn need(parameters: u64, bf16: bool, workers: u32, on_cpu: bool) -> N
     let weights = if bf16 { 2 } else { 4 };
     let state = parameters.saturating_mul(if bf16 { 14 } else { 12 });
     let each = state.saturating_add(parameters.saturating_mul(weights)).saturating_add(WORK_SPACE);
-    Need { state, workers: if on_cpu { each.saturating_mul(workers.into()) } else { 0 } }
+    Need { state, workers: if on_cpu { each.saturating_mul(workers.into()) } else { 0 }, base: 0 }
+}
+
+/// The memory for `adapters` parameters that are trained in fp32 beside a frozen base of `parameters`. The base's files
+/// are assumed to be in the type used for computing.
+pub(super) fn need_of_adapters(parameters: u64, adapters: u64, bf16: bool, workers: u32, on_cpu: bool) -> Need {
+    let base = parameters.saturating_mul(if bf16 { 2 } else { 4 });
+    let trained = need(adapters, false, 1, true);
+    let each = trained.workers.saturating_add(base);
+    Need { state: trained.state, workers: if on_cpu { each.saturating_mul(workers.into()) } else { 0 }, base }
 }
 
 /// Whether `available` bytes of memory suffice.
 pub(super) fn memory(need: Need, available: u64) -> Line {
     const CHECK: &str = "memory";
     let slots = need.state.saturating_mul(2);
-    let all = slots.saturating_add(need.workers);
+    let all = slots.saturating_add(need.workers).saturating_add(need.base);
     let workers = match need.workers {
         0 => String::new(),
         bytes => format!(", {} for workers", human::bytes(bytes)),
     };
+    let base = match need.base {
+        0 => String::new(),
+        bytes => format!(", {} for the files of model.init_from", human::bytes(bytes)),
+    };
     let found = format!(
-        "{} available; a run takes about {}: {} for two snapshot slots{workers}",
+        "{} available; a run takes about {}: {} for two snapshot slots{workers}{base}",
         human::bytes(available),
         human::bytes(all),
         human::bytes(slots),
@@ -360,10 +375,15 @@ mod tests {
     #[test]
     fn two_slots_and_the_workers_must_fit() {
         let gib = 1_u64 << 30;
-        assert_eq!(need(1_000_000_000, true, 8, false), Need { state: 14_000_000_000, workers: 0 });
-        assert_eq!(need(1_000_000, false, 2, true), Need { state: 12_000_000, workers: 2 * (16_000_000 + WORK_SPACE) });
+        assert_eq!(need(1_000_000_000, true, 8, false), Need { state: 14_000_000_000, workers: 0, base: 0 });
+        let workers = 2 * (16_000_000 + WORK_SPACE);
+        assert_eq!(need(1_000_000, false, 2, true), Need { state: 12_000_000, workers, base: 0 });
+        let adapters = need_of_adapters(8_000_000_000, 1_000_000, true, 8, false);
+        assert_eq!(adapters, Need { state: 12_000_000, workers: 0, base: 16_000_000_000 });
+        let workers = 2 * (4_000_000_000 + 16_000_000 + WORK_SPACE);
+        assert_eq!(need_of_adapters(1_000_000_000, 1_000_000, false, 2, true).workers, workers);
         assert_eq!(need(u64::MAX, true, 2, true).state, u64::MAX);
-        let need = Need { state: 10 * gib, workers: 5 * gib };
+        let need = Need { state: 10 * gib, workers: 4 * gib, base: gib };
         for (available, expected) in [(20 * gib, FAIL), (26 * gib, WARN), (28 * gib, OK), (0, FAIL)] {
             assert_eq!(is(&memory(need, available)), expected, "{available}");
         }

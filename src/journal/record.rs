@@ -17,7 +17,7 @@ use crate::{
 
 /// The highest version of the layout that is read. Each record is written in the lowest version that can hold it
 /// ([`Record::format`]), so that an older program reads a journal up to the first record that is new to it.
-pub const FORMAT: u32 = 4;
+pub const FORMAT: u32 = 5;
 
 /// The longest record that is accepted or written: the first one carries the configuration and a model's `config.json`.
 pub const MAX_ENTRY: u64 = 4 << 20;
@@ -91,7 +91,7 @@ pub enum Record {
     Created {
         /// The run's own id, so that a copied journal can't pass for another run.
         run_id: RunId,
-        /// The resolved configuration.
+        /// The resolved configuration. Since format 5 it may have adapters, with the files of their base.
         config: Box<RunConfig>,
     },
     /// A group of nodes exists. Written before the resume point is used.
@@ -515,8 +515,8 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_named_whatever_else_it_holds() {
-        let error = Entry::decode(br#"{"format":5,"something":"else"}"#).unwrap_err();
-        assert_eq!(error, InvalidEntry::Newer { found: 5 });
+        let error = Entry::decode(br#"{"format":6,"something":"else"}"#).unwrap_err();
+        assert_eq!(error, InvalidEntry::Newer { found: 6 });
     }
 
     #[test]

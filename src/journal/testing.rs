@@ -20,9 +20,10 @@ pub(super) fn config() -> RunConfig {
         store: "memory://".into(),
         workload: TrainTask {
             model: ModelConfig {
-                kind: ModelKind::Llama,
+                kind: ModelKind::Decoder,
                 config: serde_json::json!({"hidden_size": 8}),
                 init_from: None,
+                lora: None,
             },
             data: DataConfig {
                 train: "data".into(),
@@ -33,6 +34,7 @@ pub(super) fn config() -> RunConfig {
             },
             train: TrainConfig {
                 steps: 100,
+                epochs: 0,
                 global_batch: 4,
                 max_micro_batch: 4,
                 seed: 1,

@@ -59,19 +59,19 @@ mod tests {
     fn a_model_comes_back_with_its_weights() {
         let folder = tempfile::tempdir().unwrap();
         let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: Some(7) };
-        let model = build(ModelKind::Llama, &config(16), &settings).unwrap();
+        let model = build(ModelKind::Decoder, &config(16), &settings).unwrap();
         let tensors = model.parameters().iter().map(|parameter| (&parameter.name, parameter.values()));
         Tensor::write_safetensors(&tensors.collect::<Vec<_>>(), folder.path().join(layout::MODEL)).unwrap();
         std::fs::write(folder.path().join(layout::MODEL_CONFIG), config(16).to_string()).unwrap();
-        let read = from_folder(ModelKind::Llama, folder.path()).unwrap();
+        let read = from_folder(ModelKind::Decoder, folder.path()).unwrap();
         for (a, b) in model.parameters().iter().zip(read.parameters()) {
             assert!(a.values().equal(b.values()), "{}", a.name);
         }
 
         std::fs::write(folder.path().join(layout::MODEL_CONFIG), config(8).to_string()).unwrap();
-        let error = from_folder(ModelKind::Llama, folder.path()).map(|_| ()).unwrap_err().to_string();
+        let error = from_folder(ModelKind::Decoder, folder.path()).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("model.embed_tokens.weight of shape [32, 16], not [32, 8]"), "{error}");
         std::fs::write(folder.path().join(layout::MODEL_CONFIG), "{").unwrap();
-        assert!(from_folder(ModelKind::Llama, folder.path()).is_err());
+        assert!(from_folder(ModelKind::Decoder, folder.path()).is_err());
     }
 }

@@ -109,7 +109,7 @@ mod tests {
             "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8, "initializer_range": 0.5,
         });
         let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: Some(5) };
-        build(ModelKind::Llama, &config, &settings).unwrap()
+        build(ModelKind::Decoder, &config, &settings).unwrap()
     }
 
     const GREEDY: GenerateSettings =

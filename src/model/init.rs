@@ -1,16 +1,20 @@
-//! Fresh weights of a Llama model.
+//! Fresh weights of a decoder.
 //!
 //! Matrices are normal with deviation `initializer_range`; those of the two projections that add to the residual stream
 //! (`o_proj`, `down_proj`) are divided by √(2·layers), so that the stream's variance does not grow with depth (GPT-2).
-//! Norms are 1, biases 0. The numbers come from [`super::random`]: the same bits on every machine.
+//! Norms scale by 1, biases are 0. The numbers come from [`super::random`]: the same bits on every machine.
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{BuildSettings, llama_config::LlamaConfig, random};
+use super::{
+    BuildSettings,
+    decoder::config::{DecoderConfig, NormScale},
+    random,
+};
 
 /// One parameter's first value: drawn on the CPU, so that the device makes no difference.
 pub(super) fn fresh(
-    config: &LlamaConfig,
+    config: &DecoderConfig,
     name: &str,
     shape: &[u64],
     settings: &BuildSettings,
@@ -23,11 +27,14 @@ pub(super) fn fresh(
     } else if name.ends_with(".bias") {
         Tensor::f_zeros(&extents, cpu)?
     } else if name.ends_with("norm.weight") {
-        Tensor::f_ones(&extents, cpu)?
+        match config.scale {
+            NormScale::Plain | NormScale::Exact => Tensor::f_ones(&extents, cpu)?,
+            NormScale::PlusOne => Tensor::f_zeros(&extents, cpu)?,
+        }
     } else {
         let mut std = config.initializer_range;
         if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") {
-            std /= f64::from(2 * config.num_hidden_layers).sqrt();
+            std /= ((2 * config.layers.len()) as f64).sqrt();
         }
         let len = usize::try_from(extents.iter().product::<i64>()).unwrap_or(0);
         Tensor::f_from_slice(&random::normal(settings.seed.unwrap_or_default(), name, len, std))?

@@ -9,7 +9,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Doing, ModelError, Weight};
+use super::{Doing, ModelError, Targets, Weight};
 
 /// Bytes of fp32 scores in one chunk. On a CPU less than the 32 MiB from which glibc returns every buffer to the
 /// kernel, so that chunks reuse warm pages; more on a GPU, which needs larger products.
@@ -20,26 +20,36 @@ const fn chunk_bytes(device: Device) -> i64 {
     }
 }
 
-/// Mean cross entropy of `hidden · weightᵀ` against `targets`: an fp32 scalar, differentiable once in `hidden` and
-/// `weight`.
+/// Mean cross entropy of `hidden · weightᵀ` over `targets`: an fp32 scalar, differentiable once in `hidden` and
+/// `weight`. Without any target it is 0, and so are its gradients.
 ///
-/// `hidden`: `[rows, width]`, fp32 or bf16, the type of the matrix products. `weight`: `[vocabulary, width]`.
-/// `targets`: i64 `[rows]`. Softmax and sums are fp32.
-pub(super) fn linear_cross_entropy(hidden: &Tensor, weight: &Weight, targets: &Tensor) -> Result<Tensor, ModelError> {
-    let rows = hidden.size().first().copied().unwrap_or(0);
+/// `hidden`: `[batch · T, width]`, fp32 or bf16, the type of the matrix products. `weight`: `[vocabulary, width]`.
+/// Softmax and sums are fp32. Rows without a target are left out of the products.
+pub(super) fn linear_cross_entropy(hidden: &Tensor, weight: &Weight, targets: &Targets) -> Result<Tensor, ModelError> {
+    let all = hidden.size().first().copied().unwrap_or(0);
+    if all != targets.positions() {
+        let reason = format!("are for {} positions, the vectors for {all}", targets.positions());
+        return Err(ModelError::Input { what: "targets", reason });
+    }
     let vocabulary = weight.values().size().first().copied().unwrap_or(0);
     let chunk = (chunk_bytes(hidden.device()) / (4 * vocabulary.max(1))).max(128);
-    chunked(hidden, weight, targets, rows, chunk).doing("compute loss")
+    chunked(hidden, weight, targets, chunk).doing("compute loss")
 }
 
-fn chunked(hidden: &Tensor, weight: &Weight, targets: &Tensor, rows: i64, chunk: i64) -> Result<Tensor, tch::TchError> {
+fn chunked(hidden: &Tensor, weight: &Weight, targets: &Targets, chunk: i64) -> Result<Tensor, tch::TchError> {
     let by_hidden = hidden.requires_grad();
     let by_weight = weight.is_recorded()?;
     let guard = tch::no_grad_guard();
     let kind = hidden.f_kind()?;
     let matrix = weight.at_use(kind)?;
-    let inputs = hidden.f_detach()?;
+    let (targets, places) = targets.selected()?;
+    let rows = targets.size1()?;
     let targets = targets.f_unsqueeze(1)?;
+    let inputs = hidden.f_detach()?;
+    let inputs = match places {
+        Some(places) => inputs.f_index_select(0, places)?,
+        None => inputs,
+    };
     let minus_one = Tensor::f_full([chunk.min(rows), 1], -1.0, (Kind::Float, hidden.device()))?;
 
     let mut losses = Vec::new();
@@ -68,23 +78,42 @@ fn chunked(hidden: &Tensor, weight: &Weight, targets: &Tensor, rows: i64, chunk:
         }
         start += len;
     }
-    let mut loss = Tensor::f_cat(&losses, 0)?.f_mean(Kind::Float)?.f_neg()?;
+    let mut loss = match rows {
+        0 => Tensor::f_zeros([], (Kind::Float, hidden.device()))?,
+        _ => Tensor::f_cat(&losses, 0)?.f_mean(Kind::Float)?.f_neg()?,
+    };
     let hidden_gradient = match by_hidden {
-        true => Some(Tensor::f_cat(&hidden_gradients, 0)?.f_to_kind(Kind::Float)?),
+        true => Some(spread(hidden, &hidden_gradients, places)?),
         false => None,
     };
+    if by_weight && rows == 0 {
+        weight_gradient = Some(matrix.f_zeros_like()?.f_to_kind(Kind::Float)?);
+    }
+    // A mean over nothing is 0, whatever it is divided by.
+    let divisor = rows.max(1) as f64;
     drop((guard, hidden_gradients));
 
     if let Some(gradient) = hidden_gradient {
         // fp32 also for bf16 inputs: a caller's factor on the loss passes through this product.
         let through_hidden = hidden.f_to_kind(Kind::Float)?.f_flatten(0, -1)?.f_dot(&gradient.f_flatten(0, -1)?)?;
-        let nothing = through_hidden.f_sub(&through_hidden.f_detach()?)?.f_div_scalar(rows as f64)?;
+        let nothing = through_hidden.f_sub(&through_hidden.f_detach()?)?.f_div_scalar(divisor)?;
         loss = loss.f_add(&nothing)?;
     }
     match weight_gradient {
-        Some(gradient) => weight.with_gradient(loss, &gradient, rows as f64),
+        Some(gradient) => weight.with_gradient(loss, &gradient, divisor),
         None => Ok(loss),
     }
+}
+
+/// The gradients of the rows with a target, by chunks, as one fp32 tensor for all rows of `hidden`.
+fn spread(hidden: &Tensor, chunks: &[Tensor], places: Option<&Tensor>) -> Result<Tensor, tch::TchError> {
+    let Some(places) = places else { return Tensor::f_cat(chunks, 0)?.f_to_kind(Kind::Float) };
+    let mut all = Tensor::f_zeros(hidden.size().as_slice(), (Kind::Float, hidden.device()))?;
+    if chunks.is_empty() {
+        return Ok(all);
+    }
+    // No place is there twice, so the order of writing does not matter.
+    all.f_index_copy_(0, places, &Tensor::f_cat(chunks, 0)?.f_to_kind(Kind::Float)?)
 }
 
 #[cfg(test)]
@@ -104,6 +133,10 @@ mod tests {
 
     fn targets() -> Tensor {
         Tensor::f_from_slice(&(0..10_i64).map(|i| (i * 5 + 2) % 7).collect::<Vec<_>>()).unwrap()
+    }
+
+    fn all() -> Targets {
+        Targets::all(targets())
     }
 
     fn furthest(a: &Tensor, b: &Tensor) -> f64 {
@@ -128,7 +161,7 @@ mod tests {
         let whole = scores.f_cross_entropy_loss(&targets(), None::<&Tensor>, tch::Reduction::Mean, -100, 0.0).unwrap();
         let expected = gradients(&whole, [&hidden, &weight]);
         for chunk in [1, 3, 5, 9, 10, 11] {
-            let loss = chunked(&hidden, &share(&weight), &targets(), 10, chunk).unwrap();
+            let loss = chunked(&hidden, &share(&weight), &all(), chunk).unwrap();
             assert!(furthest(&loss, &whole) < 1e-6, "chunk {chunk}");
             let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);
             assert!(furthest(&by_hidden, &expected[0]) < 1e-6, "chunk {chunk}");
@@ -141,9 +174,9 @@ mod tests {
         let (hidden, weight) = (leaf([10, 6], 1, Kind::BFloat16), leaf([7, 6], 2, Kind::Float));
         let exact_hidden =
             hidden.f_detach().unwrap().f_to_kind(Kind::Float).unwrap().f_set_requires_grad(true).unwrap();
-        let exact = chunked(&exact_hidden, &share(&weight), &targets(), 10, 4).unwrap();
+        let exact = chunked(&exact_hidden, &share(&weight), &all(), 4).unwrap();
         let expected = gradients(&exact, [&exact_hidden, &weight]);
-        let loss = chunked(&hidden, &share(&weight), &targets(), 10, 4).unwrap();
+        let loss = chunked(&hidden, &share(&weight), &all(), 4).unwrap();
         assert!(loss.f_kind().unwrap() == Kind::Float && furthest(&loss, &exact) < 2e-2);
         let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);
         assert_eq!((by_hidden.f_kind().unwrap(), by_weight.f_kind().unwrap()), (Kind::BFloat16, Kind::Float));
@@ -154,9 +187,9 @@ mod tests {
     #[test]
     fn without_gradients_none_are_computed() {
         let (hidden, weight) = (leaf([10, 6], 1, Kind::Float), leaf([7, 6], 2, Kind::Float));
-        let with = chunked(&hidden, &share(&weight), &targets(), 10, 4).unwrap();
+        let with = chunked(&hidden, &share(&weight), &all(), 4).unwrap();
         let detached = hidden.f_detach().unwrap();
-        let without = tch::no_grad(|| chunked(&detached, &share(&weight), &targets(), 10, 4).unwrap());
+        let without = tch::no_grad(|| chunked(&detached, &share(&weight), &all(), 4).unwrap());
         assert!(with.requires_grad() && !without.requires_grad());
         assert_eq!(furthest(&with, &without), 0.0);
     }
@@ -164,18 +197,18 @@ mod tests {
     #[test]
     fn a_frozen_side_gets_no_gradient_and_changes_nothing_of_the_other() {
         let (hidden, weight) = (leaf([10, 6], 1, Kind::Float), leaf([7, 6], 2, Kind::Float));
-        let both = chunked(&hidden, &share(&weight), &targets(), 10, 4).unwrap();
+        let both = chunked(&hidden, &share(&weight), &all(), 4).unwrap();
         let expected = gradients(&both, [&hidden, &weight]);
 
         let frozen = Weight::Frozen(weight.f_detach().unwrap());
-        let loss = chunked(&hidden, &frozen, &targets(), 10, 4).unwrap();
+        let loss = chunked(&hidden, &frozen, &all(), 4).unwrap();
         assert_eq!(furthest(&loss, &both), 0.0);
         let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);
         assert_eq!(furthest(&by_hidden, &expected[0]), 0.0);
         assert_eq!(by_weight.f_abs().unwrap().f_max().unwrap().f_double_value(&[]).unwrap(), 0.0);
 
         // Everything before the head is frozen.
-        let loss = chunked(&hidden.f_detach().unwrap(), &share(&weight), &targets(), 10, 4).unwrap();
+        let loss = chunked(&hidden.f_detach().unwrap(), &share(&weight), &all(), 4).unwrap();
         assert_eq!(furthest(&loss, &both), 0.0);
         let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);
         assert_eq!(furthest(&by_weight, &expected[1]), 0.0);
@@ -188,7 +221,7 @@ mod tests {
         let hidden = leaf([10, 6], 1, Kind::Float).f_detach().unwrap().f_mul_scalar(1e3).unwrap();
         let hidden = hidden.f_set_requires_grad(true).unwrap();
         let weight = leaf([7, 6], 2, Kind::Float);
-        let loss = chunked(&hidden, &share(&weight), &targets(), 10, 4).unwrap();
+        let loss = chunked(&hidden, &share(&weight), &all(), 4).unwrap();
         let value = loss.f_double_value(&[]).unwrap();
         assert!(value.is_finite() && value > 100.0, "{value}");
         let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);

@@ -1,7 +1,8 @@
 //! The models that can be trained.
 //!
-//! A model is described by a Hugging Face `config.json` and holds its parameters as an ordered list under their Hugging
-//! Face names: the order is the order of registration with the gradient reducer, the names are those in checkpoints.
+//! A model is described by a Hugging Face `config.json`, whose architecture is one of the `families`, and holds its
+//! parameters as an ordered list under their Hugging Face names: the order is the order of registration with the
+//! gradient reducer, the names are those in checkpoints.
 //!
 //! A forward pass is embed → blocks → head. Each of these [`Stage`]s reads the parameters that are listed for it and
 //! the vectors of the stage before, and nothing else: so a strategy may have the weights of one stage at a time.
@@ -11,28 +12,33 @@
 //! are kept elsewhere (ZeRO-1), a [`Weight`] has bf16 values of its own beside a leaf that only receives the gradient;
 //! the arithmetic is the same to the last bit. A frozen parameter has values and nothing else. A fresh model has the
 //! same bits on every machine and device, and all of it is trained: see [`random`]. [`parameter_shapes`] and [`build`]
-//! agree by construction.
+//! agree by construction. Adapters ([`lora`]) come after a model's own parameters.
 //!
 //! A model keeps no state between calls beyond its parameters (and a table of constants that grows on demand): a call
 //! that failed or was cancelled leaves nothing behind.
 #![doc = include_str!("README.md")]
 
-mod description;
+pub mod decoder;
+mod families;
 mod folder;
 pub mod generate;
 mod init;
-pub mod llama;
-mod llama_config;
+mod keys;
+pub mod lora;
 mod loss;
 pub mod random;
 mod rope;
+mod spans;
+#[cfg(test)]
+mod spans_tests;
 mod weight;
 
 use tch::{Device, TchError, Tensor};
 
 pub use self::{
+    decoder::config::{Context, DecoderConfig},
     folder::from_folder,
-    llama_config::LlamaConfig,
+    spans::{Batch, Spans, Targets},
     weight::{Parameter, Stage, Weight},
 };
 use crate::{
@@ -45,10 +51,12 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// The description is of another architecture.
-    #[error("config.json describes {found}, which is not a Llama model")]
+    #[error("config.json describes {found}, which {reason}")]
     Architecture {
         /// Its own name.
         found: String,
+        /// Why it can't be trained.
+        reason: &'static str,
     },
     /// A value in the description can't be used.
     #[error("config.json: {key} {reason}")]
@@ -105,7 +113,7 @@ impl Explain for ModelError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Architecture { .. } => {
-                Some("use a config.json with \"architectures\": [\"LlamaForCausalLM\"]".into())
+                Some(format!("use a config.json whose \"architectures\" is one of {}", families::names()))
             }
             Self::Torch { .. } if self.out_of_memory() => {
                 Some("lower train.max_micro_batch: --set train.max_micro_batch=N".into())
@@ -146,18 +154,22 @@ pub trait Model: Send {
     /// from here on, and say what is trained.
     fn set_parameters(&mut self, weights: Vec<Weight>) -> Result<(), ModelError>;
 
+    /// Adds adapters ([`lora`]) to linear layers; `scale` is the factor of what they add.
+    fn adapt(&mut self, adapters: Vec<Parameter>, scale: f64) -> Result<(), ModelError>;
+
     /// The first stage: vectors `[batch, T, width]` for i64 `tokens` `[batch, T]`.
     fn embed(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
 
     /// The number of blocks.
     fn blocks(&self) -> usize;
 
-    /// One block, from 0 to [`Model::blocks`] - 1: vectors for those of the block before.
-    fn block(&self, index: usize, x: Tensor) -> Result<Tensor, ModelError>;
+    /// One block, from 0 to [`Model::blocks`] - 1: vectors for those of the block before. Attention and positions stay
+    /// within the documents that `spans` lists.
+    fn block(&self, index: usize, x: Tensor, spans: &Spans) -> Result<Tensor, ModelError>;
 
-    /// The last stage when training: mean cross entropy (nats per token) of `targets`, i64 `[batch, T]`, for the last
-    /// block's vectors.
-    fn head_loss(&self, x: Tensor, targets: &Tensor) -> Result<Tensor, ModelError>;
+    /// The last stage when training: mean cross entropy (nats per token) over `targets` for the last block's vectors.
+    /// Without any target it is 0 with gradients of zero, so that a rank still takes part in the reduction.
+    fn head_loss(&self, x: Tensor, targets: &Targets) -> Result<Tensor, ModelError>;
 
     /// The last stage otherwise: fp32 scores of the next token for the last block's vectors.
     fn head_scores(&self, x: Tensor, positions: Positions) -> Result<Tensor, ModelError>;
@@ -172,36 +184,31 @@ pub trait Model: Send {
     fn device(&self) -> Device;
 
     /// The last block's vectors for `tokens` `[batch, T]`.
-    fn vectors(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        (0..self.blocks()).try_fold(self.embed(tokens)?, |x, index| self.block(index, x))
+    fn vectors(&self, tokens: &Tensor, spans: &Spans) -> Result<Tensor, ModelError> {
+        (0..self.blocks()).try_fold(self.embed(tokens)?, |x, index| self.block(index, x, spans))
     }
 
-    /// Mean cross entropy (nats per token) of predicting `tokens[.., 1..]` from the tokens before: an fp32 scalar.
+    /// Mean cross entropy (nats per token) over the batch's targets: an fp32 scalar, 0 without any.
     ///
-    /// `tokens`: i64 `[batch, T + 1]` on the model's device, each below [`Model::vocab_size`] (not checked here: on a
-    /// GPU that would cost a synchronisation), T at most [`Model::max_sequence_length`]. `backward()` may be called on
-    /// the result once; if gradients are not recorded, nothing is kept for it.
+    /// T is at most [`Model::max_sequence_length`]. `backward()` may be called on the result once; if gradients are not
+    /// recorded, nothing is kept for it.
+    fn batch_loss(&self, batch: &Batch) -> Result<Tensor, ModelError> {
+        self.head_loss(self.vectors(&batch.inputs, &batch.spans)?, &batch.targets)
+    }
+
+    /// [`Model::batch_loss`] of plain text, i64 `[batch, T + 1]`: see [`Batch::plain`].
     fn loss(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        let shape = tokens.size();
-        let len = match shape.as_slice() {
-            &[_, len] if len >= 2 => len - 1,
-            _ => {
-                let reason = format!("have shape {shape:?}, not [batch, T + 1]");
-                return Err(ModelError::Input { what: "tokens", reason });
-            }
-        };
-        let x = self.vectors(&tokens.f_narrow(1, 0, len).doing("slice tokens")?)?;
-        self.head_loss(x, &tokens.f_narrow(1, 1, len).doing("slice tokens")?)
+        self.batch_loss(&Batch::plain(tokens)?)
     }
 
     /// Scores of the next token at every position: fp32 `[batch, T, vocabulary]` for i64 `tokens` `[batch, T]`.
     fn logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        self.head_scores(self.vectors(tokens)?, Positions::All)
+        self.head_scores(self.vectors(tokens, &Spans::whole())?, Positions::All)
     }
 
     /// Scores after the last position only: fp32 `[batch, vocabulary]` for i64 `tokens` `[batch, T]`.
     fn last_logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        self.head_scores(self.vectors(tokens)?, Positions::Last)
+        self.head_scores(self.vectors(tokens, &Spans::whole())?, Positions::Last)
     }
 }
 
@@ -222,46 +229,51 @@ pub fn build(
     config: &serde_json::Value,
     settings: &BuildSettings,
 ) -> Result<Box<dyn Model>, ModelError> {
+    Ok(Box::new(decoder::Decoder::new(describe(kind, config)?, settings)?))
+}
+
+/// Reads and checks a description.
+pub fn describe(kind: ModelKind, config: &serde_json::Value) -> Result<DecoderConfig, ModelError> {
     match kind {
-        ModelKind::Llama => Ok(Box::new(llama::Llama::new(LlamaConfig::from_json(config)?, settings)?)),
+        ModelKind::Decoder => families::read(config),
     }
+}
+
+/// The same with all parameters frozen and to be loaded: the base of [`lora`]'s adapters.
+fn build_base(
+    kind: ModelKind,
+    config: &serde_json::Value,
+    settings: &BuildSettings,
+) -> Result<Box<dyn Model>, ModelError> {
+    let make = |_: &str, shape: &[u64]| lora::base(shape, settings);
+    Ok(Box::new(decoder::Decoder::with(describe(kind, config)?, settings, make)?))
 }
 
 /// Names and shapes of the parameters that [`build`] would make, in the same order; makes no tensor.
 pub fn parameter_shapes(kind: ModelKind, config: &serde_json::Value) -> Result<Vec<(String, Vec<u64>)>, ModelError> {
-    match kind {
-        ModelKind::Llama => Ok(LlamaConfig::from_json(config)?.parameter_shapes()),
-    }
+    Ok(describe(kind, config)?.parameter_shapes())
 }
 
 /// Checks the description of a run that is about to be created: a key that is neither computed nor known to be harmless
 /// is refused by name.
 pub fn check_description(kind: ModelKind, config: &serde_json::Value) -> Result<(), ModelError> {
     match kind {
-        ModelKind::Llama => description::check(config),
+        ModelKind::Decoder => families::check::check(config),
     }
 }
 
 /// The output layer's and the token embedding's names, and whether they are one.
 pub fn head(kind: ModelKind, config: &serde_json::Value) -> Result<(&'static str, &'static str, bool), ModelError> {
-    match kind {
-        ModelKind::Llama => {
-            let config = LlamaConfig::from_json(config)?;
-            Ok((llama_config::OUTPUT, llama_config::EMBEDDING, config.tie_word_embeddings))
-        }
-    }
+    let tied = describe(kind, config)?.tie_word_embeddings;
+    Ok((decoder::config::OUTPUT, decoder::config::EMBEDDING, tied))
 }
 
-/// The most positions in one sequence, from the description alone.
-pub fn max_sequence_length(kind: ModelKind, config: &serde_json::Value) -> Result<u32, ModelError> {
-    match kind {
-        ModelKind::Llama => Ok(LlamaConfig::from_json(config)?.max_position_embeddings),
-    }
+/// The longest sequence, from the description alone.
+pub fn context(kind: ModelKind, config: &serde_json::Value) -> Result<Context, ModelError> {
+    Ok(describe(kind, config)?.context)
 }
 
 /// The number of tokens in the vocabulary, from the description alone.
 pub fn vocab_size(kind: ModelKind, config: &serde_json::Value) -> Result<u32, ModelError> {
-    match kind {
-        ModelKind::Llama => Ok(LlamaConfig::from_json(config)?.vocab_size),
-    }
+    Ok(describe(kind, config)?.vocab_size)
 }

@@ -1,5 +1,5 @@
 //! Rotary position embedding (Su et al., arXiv 2104.09864) in Hugging Face's layout: element i of a head is turned
-//! together with element i + width/2.
+//! together with element i + width/2, where the width is that of the part that is turned, at the head's beginning.
 //!
 //! Cosines and sines are computed in fp32 on the CPU, with the same operations as Hugging Face's, and then moved to the
 //! device; the turning is done in fp32 at any model precision, because bf16 loses positions in long sequences (arXiv
@@ -10,50 +10,65 @@ use std::sync::{Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Doing, ModelError,
-    llama_config::{Llama3Scaling, LlamaConfig, Rope},
+    Doing, ModelError, Spans,
+    decoder::config::{Llama3Scaling, Rope, Scaling},
 };
 
-/// Cosines and sines, fp32 `[T, 1, width]`: they broadcast over `[batch, T, heads, width]`.
+/// Cosines and sines, fp32 `[T, 1, width]` or `[batch, T, 1, width]`: they broadcast over `[batch, T, heads, width]`.
 pub(super) struct Turns {
     cos: Tensor,
     /// With the sign of each half's partner: minus in the first half, plus in the second.
     sin: Tensor,
+    /// Elements of a head that are turned, and those of the whole head.
+    width: i64,
+    head: i64,
 }
 
 impl Turns {
-    /// Turns `x` `[batch, T, heads, width]`; the result has the type of `x`.
+    /// Turns `x` `[batch, T, heads, head]`; the result has the type of `x`.
     ///
     /// Hugging Face writes `x·cos + cat(-x₂, x₁)·sin`; with the sign within the table that is a rotation by half the
     /// width, and a product is saved.
-    pub(super) fn apply(&self, x: &Tensor, width: i64) -> Result<Tensor, tch::TchError> {
-        let partner = x.f_roll(width / 2, -1_i64)?;
+    pub(super) fn apply(&self, x: &Tensor) -> Result<Tensor, tch::TchError> {
+        if self.width == self.head {
+            return self.turned(x);
+        }
+        let kept = x.f_narrow(-1, self.width, self.head - self.width)?;
+        Tensor::f_cat(&[self.turned(&x.f_narrow(-1, 0, self.width)?)?, kept], -1)
+    }
+
+    fn turned(&self, x: &Tensor) -> Result<Tensor, tch::TchError> {
+        let partner = x.f_roll(self.width / 2, -1_i64)?;
         x.f_mul(&self.cos)?.f_addcmul(&partner, &self.sin)?.f_to_kind(x.f_kind()?)
     }
 }
 
-/// The table for one model.
+/// The table of one rotary embedding.
 pub(super) struct RopeTable {
     rope: Rope,
     width: i64,
+    head: i64,
     max_positions: i64,
     device: Device,
     grown: Mutex<Option<Turns>>,
 }
 
 impl RopeTable {
-    pub(super) fn new(config: &LlamaConfig, device: Device) -> Self {
+    /// For heads of width `head`, and at most `positions` positions.
+    pub(super) fn new(rope: Rope, head: u32, positions: u32, device: Device) -> Self {
         Self {
-            rope: config.rope,
-            width: config.head_dim.into(),
-            max_positions: config.max_position_embeddings.into(),
+            width: rope.width.into(),
+            head: head.into(),
+            max_positions: positions.into(),
             device,
+            rope,
             grown: Mutex::new(None),
         }
     }
 
-    /// The turns of positions 0 to `len` - 1; `len` is at most the model's longest sequence.
-    pub(super) fn turns(&self, len: i64) -> Result<Turns, ModelError> {
+    /// The turns of each token of rows of `len`, by its position in its document; `len` is at most the model's longest
+    /// sequence.
+    pub(super) fn turns(&self, len: i64, spans: &Spans) -> Result<Turns, ModelError> {
         // A panic in another thread can't leave half a table: it is replaced as a whole.
         let mut grown = self.grown.lock().unwrap_or_else(PoisonError::into_inner);
         let table = match grown.take() {
@@ -65,29 +80,40 @@ impl RopeTable {
             }
         };
         let table = grown.insert(table);
-        let first = |tensor: &Tensor| tensor.f_narrow(0, 0, len);
-        Ok(Turns {
-            cos: first(&table.cos).doing("slice rotary table")?,
-            sin: first(&table.sin).doing("slice rotary table")?,
-        })
+        let of = |tensor: &Tensor| spans.of_table(tensor, len).doing("slice rotary table");
+        Ok(Turns { cos: of(&table.cos)?, sin: of(&table.sin)?, width: self.width, head: self.head })
     }
 
     fn compute(&self, positions: i64) -> Result<Turns, tch::TchError> {
         let _no_grad = tch::no_grad_guard();
         let options = (Kind::Float, Device::Cpu);
         let exponents = Tensor::f_arange_start_step(0, self.width, 2, options)?.f_div_scalar(self.width as f64)?;
-        let mut frequencies =
-            Vec::<f32>::try_from(&Tensor::f_pow_scalar(self.rope.theta, &exponents)?.f_reciprocal()?)?;
-        if let Some(scaling) = &self.rope.scaling {
-            frequencies.iter_mut().for_each(|frequency| *frequency = stretch(*frequency, scaling));
+        let mut wavelengths = Tensor::f_pow_scalar(self.rope.theta, &exponents)?;
+        if let Some(Scaling::Long { divisors, .. }) = &self.rope.scaling {
+            let divisors: Vec<f32> = divisors.iter().map(|&divisor| divisor as f32).collect();
+            wavelengths = Tensor::f_from_slice(&divisors)?.f_mul(&wavelengths)?;
+        }
+        let mut frequencies = Vec::<f32>::try_from(&wavelengths.f_reciprocal()?)?;
+        match &self.rope.scaling {
+            None | Some(Scaling::Long { .. }) => {}
+            Some(Scaling::Linear { factor }) => {
+                frequencies.iter_mut().for_each(|frequency| *frequency /= *factor as f32);
+            }
+            Some(Scaling::Llama3(scaling)) => {
+                frequencies.iter_mut().for_each(|frequency| *frequency = stretch(*frequency, scaling));
+            }
         }
         let frequencies = Tensor::f_from_slice(&frequencies)?.f_unsqueeze(0)?;
         let angles = Tensor::f_arange(positions, options)?.f_unsqueeze(1)?.f_mul(&frequencies)?;
-        let (cos, sin) = (angles.f_cos()?, angles.f_sin()?);
+        let (mut cos, mut sin) = (angles.f_cos()?, angles.f_sin()?);
+        if let Some(Scaling::Long { attention_factor, .. }) = self.rope.scaling {
+            (cos, sin) = (cos.f_mul_scalar(attention_factor)?, sin.f_mul_scalar(attention_factor)?);
+        }
         let table = |first: &Tensor, second: &Tensor| {
             Tensor::f_cat(&[first, second], -1)?.f_unsqueeze(1)?.f_to_device(self.device)
         };
-        Ok(Turns { cos: table(&cos, &cos)?, sin: table(&sin.f_neg()?, &sin)? })
+        let (cos, sin) = (table(&cos, &cos)?, table(&sin.f_neg()?, &sin)?);
+        Ok(Turns { cos, sin, width: self.width, head: self.head })
     }
 }
 

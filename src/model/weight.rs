@@ -23,6 +23,11 @@ impl Parameter {
         self.stage == stage || (self.tied && stage == Stage::Head)
     }
 
+    /// Whether it is part of a base, which is no part of the run's own state.
+    pub fn is_base(&self) -> bool {
+        matches!(self.weight, Weight::Base(_))
+    }
+
     /// The leaf that receives its gradient; `None`: it is frozen.
     pub fn leaf(&self) -> Option<&Tensor> {
         self.weight.leaf()
@@ -59,6 +64,9 @@ pub enum Weight {
     },
     /// Values that no step changes, of any floating type. There is no gradient.
     Frozen(Tensor),
+    /// The same, of a model that adapters are trained beside: they are read from its folder at every start, and no
+    /// checkpoint holds them.
+    Base(Tensor),
 }
 
 impl Weight {
@@ -68,13 +76,14 @@ impl Weight {
             Self::Leaf(leaf) => Self::Leaf(leaf.shallow_clone()),
             Self::Copy { leaf, copy } => Self::Copy { leaf: leaf.shallow_clone(), copy: copy.shallow_clone() },
             Self::Frozen(values) => Self::Frozen(values.shallow_clone()),
+            Self::Base(values) => Self::Base(values.shallow_clone()),
         }
     }
 
     /// The tensor that holds the values: writing into it (without recording gradients) changes the model.
     pub fn values(&self) -> &Tensor {
         match self {
-            Self::Leaf(values) | Self::Copy { copy: values, .. } | Self::Frozen(values) => values,
+            Self::Leaf(values) | Self::Copy { copy: values, .. } | Self::Frozen(values) | Self::Base(values) => values,
         }
     }
 
@@ -82,7 +91,7 @@ impl Weight {
     pub fn leaf(&self) -> Option<&Tensor> {
         match self {
             Self::Leaf(leaf) | Self::Copy { leaf, .. } => Some(leaf),
-            Self::Frozen(_) => None,
+            Self::Frozen(_) | Self::Base(_) => None,
         }
     }
 
@@ -95,7 +104,7 @@ impl Weight {
     pub(super) fn at_use(&self, kind: Kind) -> Result<Tensor, TchError> {
         match self {
             Self::Copy { leaf, copy } => torch::copy_at_use(leaf, copy).map_err(refused)?.f_to_kind(kind),
-            Self::Leaf(values) | Self::Frozen(values) => values.f_to_kind(kind),
+            Self::Leaf(values) | Self::Frozen(values) | Self::Base(values) => values.f_to_kind(kind),
         }
     }
 
@@ -103,7 +112,7 @@ impl Weight {
     pub(super) fn look_up(&self, tokens: &Tensor, kind: Kind) -> Result<Tensor, TchError> {
         match self {
             Self::Copy { leaf, copy } => torch::copy_lookup(leaf, copy, tokens).map_err(refused)?.f_to_kind(kind),
-            Self::Leaf(values) | Self::Frozen(values) => {
+            Self::Leaf(values) | Self::Frozen(values) | Self::Base(values) => {
                 Tensor::f_embedding(values, tokens, -1, false, false)?.f_to_kind(kind)
             }
         }

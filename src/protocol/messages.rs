@@ -14,6 +14,8 @@ use crate::{
 
 /// The descriptors of the node's two slots in a worker; its standard input is the control socket.
 pub const SLOT_FDS: [i32; 2] = [3, 4];
+/// The descriptor of the weights that adapters are trained beside, if there are any.
+pub const BASE_FD: i32 = 5;
 /// The hidden subcommand that makes this binary a worker.
 pub const WORKER_SUBCOMMAND: &str = "worker";
 
@@ -162,11 +164,11 @@ pub enum FromWorker {
     Validated {
         /// After this step.
         step: Step,
-        /// Sum of its sequences' mean losses.
+        /// Sum of the losses of its targets.
         #[serde(with = "bits")]
         loss_sum: f64,
-        /// Its sequences.
-        sequences: u64,
+        /// Its targets.
+        targets: u64,
     },
     /// The loop has ended after this step: the last one, or the one it was told to stop after.
     Stopped {

@@ -16,4 +16,4 @@ mod frames;
 mod messages;
 
 pub use frames::{MAX_MESSAGE, read_message, write_message};
-pub use messages::{Assignment, FromWorker, SLOT_FDS, SaveOrder, StepReport, ToWorker, WORKER_SUBCOMMAND};
+pub use messages::{Assignment, BASE_FD, FromWorker, SLOT_FDS, SaveOrder, StepReport, ToWorker, WORKER_SUBCOMMAND};

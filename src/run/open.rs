@@ -208,12 +208,12 @@ impl Opening<'_> {
             Begin::Create(config) => {
                 self.resolving.known(&config);
                 let resolved = self.resolving.new_run(&config).await?;
-                return Ok(created(self.create(*config).await?, resolved));
+                return Ok(created(self.create(resolved.config.clone()).await?, resolved));
             }
             Begin::CreateOrResume { config, overrides } => {
                 self.resolving.known(&config);
                 let journal = match self.resolving.new_run(&config).await {
-                    Ok(resolved) => match self.create(*config).await {
+                    Ok(resolved) => match self.create(resolved.config.clone()).await {
                         Ok(journal) => return Ok(created(journal, resolved)),
                         Err(JournalError::Exists { .. }) => {
                             Journal::open(run.clone(), node.clone(), run_id.clone()).await?

@@ -28,12 +28,18 @@ impl Resolved {
             let message = format!("this process may have {limit} open files, and its saves need {needed}");
             return Err(Error::new(Kind::Unavailable, message).with_hint(Shortage::Files.hint()));
         }
-        Ok(Self { config: config.clone(), workload: Arc::new(workload) })
+        let mut config = config.clone();
+        // A new run names the files of its adapters' base.
+        config.workload.model.lora = workload.lora().cloned();
+        Ok(Self { config, workload: Arc::new(workload) })
     }
 
-    /// Of a run that is about to be created.
+    /// Of a run that is about to be created: its configuration is the one to create it with.
     pub async fn of_new_run(config: &RunConfig, site: Site<'_>) -> Result<Self> {
-        Self::new(config, Workload::of_new_run(config, site).await?)
+        let workload = Workload::of_new_run(config, site).await?;
+        // The number of steps may depend on the data.
+        let config = RunConfig { workload: workload.task().clone(), ..config.clone() };
+        Self::new(&config, workload)
     }
 
     /// Of an existing run; see [`Workload::of_existing_run`].

@@ -2,13 +2,14 @@
 //!
 //! A replicated tensor is written once, by the rank that the plan assigns it to: the largest first, always to the rank
 //! with the fewest bytes so far, so that every rank writes about the same amount. A tensor's [`Part`] that only one
-//! rank has (under ZeRO-1) is written by that rank, under the name of a slice ([`slices`]). The plan is a pure function
-//! of (tensors, world size): every process makes the same plan from the same list.
+//! rank has (under ZeRO-1) is written by that rank, under the name of a slice ([`slices`]); adapters are written by the
+//! first rank, because their readers know one file. The plan is a pure function of (tensors, world size): every process
+//! makes the same plan from the same list.
 //!
-//! Stored layout of one rank's image: its model shard, then, at the next page boundary, its optimizer shard. A shard is
-//! a complete safetensors file ([`crate::format::header`]) whose tensors follow one another without a gap, those with
-//! the largest elements first, so that each is aligned, then by name. Shapes never change during a run, so headers are
-//! written once, when the plan is made; a capture writes tensor bytes only.
+//! Stored layout of one rank's image: its model shard, or the adapters; then, at the next page boundary, its optimizer
+//! shard. A shard is a complete safetensors file ([`crate::format::header`]) whose tensors follow one another without a
+//! gap, those with the largest elements first, so that each is aligned, then by name. Shapes never change during a run,
+//! so headers are written once, when the plan is made; a capture writes tensor bytes only.
 
 use std::{collections::HashSet, ops::Range};
 
@@ -18,6 +19,7 @@ use crate::{
     error::{Explain, Kind},
     format::{header, slices},
     ids::{Rank, WorldSize},
+    layout,
 };
 
 pub use crate::format::header::{Dtype, HeaderError};
@@ -75,10 +77,15 @@ pub fn plan(tensors: &[TensorSpec], world: WorldSize, page: u64) -> Result<Vec<I
     let mut plans = Vec::with_capacity(owned.len());
     for (rank, own) in (0..).map(Rank).zip(&owned) {
         let mut image = ImagePlan { rank, len: 0, shards: Vec::new() };
-        for (kind, names) in [(ShardKind::Model, &mut model), (ShardKind::Optimizer, &mut optimizer)] {
+        for kind in [ShardKind::Adapter, ShardKind::Model, ShardKind::Optimizer] {
             let own: Vec<usize> = own.iter().copied().filter(|&t| tensors[t].kind == kind).collect();
             if let Some(&last) = own.last() {
-                let shard = lay_out(tensors, &sizes, own, kind, names.next(), image.len);
+                let name = match kind {
+                    ShardKind::Adapter => layout::ADAPTER.to_owned(),
+                    ShardKind::Model => model.next(),
+                    ShardKind::Optimizer => optimizer.next(),
+                };
+                let shard = lay_out(tensors, &sizes, own, kind, name, image.len);
                 let end = shard.as_ref().and_then(|shard| shard.image_offset.checked_add(shard.len));
                 let (Some(shard), Some(len)) = (shard, end.and_then(|end| end.checked_next_multiple_of(page))) else {
                     return Err(PlanError::TooLarge(tensors[last].name.clone()));
@@ -131,13 +138,18 @@ fn assign(tensors: &[TensorSpec], sizes: &[u64], world: WorldSize) -> Vec<Vec<us
     let mut order: Vec<usize> = (0..tensors.len()).collect();
     order.sort_by(|&a, &b| sizes[b].cmp(&sizes[a]).then_with(|| tensors[a].name.cmp(&tensors[b].name)));
     let mut owned = vec![Vec::new(); world.get() as usize];
-    let parts = |&tensor: &usize| tensors[tensor].part.is_some();
-    let (fixed, free): (Vec<usize>, Vec<usize>) = order.into_iter().partition(parts);
+    // Adapters are one file.
+    let owner = |tensor: usize| match (&tensors[tensor].part, tensors[tensor].kind) {
+        (Some(part), _) => Some(part.owner.get() as usize),
+        (None, ShardKind::Adapter) => Some(0),
+        (None, _) => None,
+    };
+    let (fixed, free): (Vec<usize>, Vec<usize>) = order.into_iter().partition(|&tensor| owner(tensor).is_some());
     let mut fixed_loads = vec![0; owned.len()];
     for tensor in fixed {
-        if let Some(part) = &tensors[tensor].part {
-            owned[part.owner.get() as usize].push(tensor);
-            fixed_loads[part.owner.get() as usize] += sizes[tensor];
+        if let Some(owner) = owner(tensor) {
+            owned[owner].push(tensor);
+            fixed_loads[owner] += sizes[tensor];
         }
     }
     let mut loads: std::collections::BTreeSet<(u64, u32)> = fixed_loads.into_iter().zip(0..).collect();
@@ -195,21 +207,23 @@ fn lay_out(
     Some(ShardPlan { kind, file_name, image_offset, len, header, tensors: placements })
 }
 
-/// `model.safetensors.index.json`: which weight is in which file, and the bytes of all weights.
+/// `model.safetensors.index.json`: which weight is in which file, and the bytes and elements of all weights.
 ///
 /// `plans` are all ranks' plans, made from `tensors`.
 pub fn model_index(plans: &[ImagePlan], tensors: &[TensorSpec]) -> serde_json::Value {
     let mut weight_map = serde_json::Map::new();
-    let mut total_size = 0;
+    let (mut total_size, mut total_parameters) = (0, 0);
     for shard in plans.iter().flat_map(|plan| &plan.shards).filter(|shard| shard.kind == ShardKind::Model) {
         for placement in &shard.tensors {
             if let Some(tensor) = tensors.get(placement.tensor) {
                 weight_map.insert(tensor.stored_name(), shard.file_name.clone().into());
                 total_size += placement.len;
+                total_parameters += placement.len / tensor.dtype.size();
             }
         }
     }
-    serde_json::json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map })
+    let metadata = serde_json::json!({ "total_parameters": total_parameters, "total_size": total_size });
+    serde_json::json!({ "metadata": metadata, "weight_map": weight_map })
 }
 
 /// Reads the header of a whole safetensors file that is not trusted (`bytes`: header and data).
@@ -222,10 +236,12 @@ pub fn read_header(bytes: &[u8]) -> Result<Vec<(String, Dtype, Vec<u64>, Range<u
     Ok(entries.map(|entry| (entry.name, entry.dtype, entry.shape, entry.range)).collect())
 }
 
-/// Which of the two files of a rank a tensor goes into.
+/// Which of the files of a rank a tensor goes into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ShardKind {
+    /// Adapters under PEFT's names: `adapter_model.safetensors`, which one rank writes.
+    Adapter,
     /// Weights under Hugging Face names: `model-0000r-of-0000N.safetensors`.
     Model,
     /// Moments, and fp32 weights if the model's files have them in bf16: `optimizer-0000r-of-0000N.safetensors`.

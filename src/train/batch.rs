@@ -7,8 +7,9 @@ use tch::{Device, Tensor};
 use super::Place;
 use crate::{
     config::{Passes, Spread, TrainConfig},
-    data::{DataError, Dataset, Sampler, Split},
+    data::{DataError, Dataset, Marks, Sampler, Split},
     error::Result,
+    model::{Batch, ModelError, Spans},
     torch::{self, TorchError},
 };
 
@@ -21,6 +22,9 @@ pub enum BatchError {
     /// Making the tensor failed.
     #[error(transparent)]
     Torch(#[from] TorchError),
+    /// The sequences are none that a model takes.
+    #[error(transparent)]
+    Model(#[from] ModelError),
 }
 
 impl crate::error::Explain for BatchError {
@@ -28,17 +32,19 @@ impl crate::error::Explain for BatchError {
         match self {
             Self::Data(error) => error.kind(),
             Self::Torch(error) => error.kind(),
+            Self::Model(error) => error.kind(),
         }
     }
     fn hint(&self) -> Option<String> {
         match self {
             Self::Data(error) => error.hint(),
             Self::Torch(error) => error.hint(),
+            Self::Model(error) => error.hint(),
         }
     }
 }
 
-/// Reads a rank's sequences, with one buffer for all of them.
+/// Reads a rank's sequences, with one set of buffers for all of them.
 #[derive(Debug)]
 pub struct Batches {
     dataset: Dataset,
@@ -46,10 +52,36 @@ pub struct Batches {
     passes: Passes,
     /// Sequences of the split for validation.
     held_out: u64,
-    /// Tokens of one sequence and the one that follows it.
-    window: usize,
-    buffer: Vec<i64>,
+    /// Tokens of one sequence, without the one that follows it.
+    length: u32,
+    buffers: Buffers,
+    /// The newest one; its memory is used again.
+    batch: Option<Batch>,
     device: Device,
+}
+
+#[derive(Debug, Default)]
+struct Buffers {
+    tokens: Vec<i64>,
+    marks: Marks,
+    /// Of all sequences of a batch: where documents start in each of them, one after the other.
+    starts: Vec<u32>,
+    /// How many documents each sequence has.
+    documents: Vec<usize>,
+    /// Positions with a target, in the sequences put one after the other.
+    targets: Vec<i64>,
+}
+
+impl Buffers {
+    /// Where documents start in each sequence.
+    fn rows(&self) -> impl Iterator<Item = &[u32]> {
+        let mut rest = self.starts.as_slice();
+        self.documents.iter().map(move |&count| {
+            let (row, after) = rest.split_at(count.min(rest.len()));
+            rest = after;
+            row
+        })
+    }
 }
 
 impl Batches {
@@ -59,8 +91,8 @@ impl Batches {
         let sampler = Sampler::over(&dataset, Split::Train, sequence_length, train.seed)?;
         let held_out = dataset.samples(Split::Validation, sequence_length);
         let passes = Spread::new(train.global_batch, place.world, train.max_micro_batch)?.passes(place.rank);
-        let window = sequence_length as usize + 1;
-        Ok(Self { dataset, sampler, passes, held_out, window, buffer: Vec::new(), device: place.device })
+        let (length, buffers, batch) = (sequence_length, Buffers::default(), None);
+        Ok(Self { dataset, sampler, passes, held_out, length, buffers, batch, device: place.device })
     }
 
     /// How this rank's sequences of a step are spread over passes.
@@ -73,27 +105,55 @@ impl Batches {
         self.held_out
     }
 
-    /// The sequences to train on at these positions of the run's cursor, as one tensor: i64 `[positions,
-    /// sequence_length + 1]`.
-    pub fn at_positions(&mut self, positions: Range<u64>) -> Result<Tensor, BatchError> {
+    /// Targets in the sequences at these positions of the run's cursor, whichever ranks compute them.
+    pub fn targets(&self, positions: Range<u64>) -> Result<u64, DataError> {
+        let count = positions.end.saturating_sub(positions.start);
+        if !self.dataset.has_marks() {
+            return Ok(count.saturating_mul(self.length.into()));
+        }
+        positions.into_iter().try_fold(0, |sum: u64, position| {
+            let sample = self.sampler.sample_at(position).1;
+            Ok(sum + u64::from(self.dataset.targets(Split::Train, sample, self.length)?))
+        })
+    }
+
+    /// The sequences to train on at these positions of the run's cursor.
+    pub fn at_positions(&mut self, positions: Range<u64>) -> Result<&Batch, BatchError> {
         let sampler = self.sampler;
         self.read(Split::Train, positions, |position| sampler.sample_at(position).1)
     }
 
-    /// These sequences of the split for validation, likewise.
-    pub fn held_out_at(&mut self, samples: Range<u64>) -> Result<Tensor, BatchError> {
+    /// These sequences of the split for validation.
+    pub fn held_out_at(&mut self, samples: Range<u64>) -> Result<&Batch, BatchError> {
         self.read(Split::Validation, samples, |sample| sample)
     }
 
-    fn read(&mut self, split: Split, at: Range<u64>, sample: impl Fn(u64) -> u64) -> Result<Tensor, BatchError> {
+    fn read(&mut self, split: Split, at: Range<u64>, sample: impl Fn(u64) -> u64) -> Result<&Batch, BatchError> {
+        let (window, buffers) = (self.length as usize + 1, &mut self.buffers);
         let count = usize::try_from(at.end.saturating_sub(at.start)).unwrap_or(usize::MAX);
-        self.buffer.resize(count.saturating_mul(self.window), 0);
-        for (at, tokens) in at.zip(self.buffer.chunks_exact_mut(self.window)) {
+        buffers.tokens.resize(count.saturating_mul(window), 0);
+        for (at, tokens) in at.clone().zip(buffers.tokens.chunks_exact_mut(window)) {
             self.dataset.read_sample(split, sample(at), tokens)?;
         }
-        let tensor = Tensor::f_from_slice(&self.buffer)
-            .and_then(|flat| flat.f_view([count as i64, self.window as i64]))
+        let tensor = Tensor::f_from_slice(&buffers.tokens)
+            .and_then(|flat| flat.f_view([count as i64, window as i64]))
             .and_then(|batch| batch.f_to_device(self.device));
-        Ok(torch::tch_result("make batch", tensor)?)
+        let tokens = torch::tch_result("make batch", tensor)?;
+        if !self.dataset.has_marks() {
+            return Ok(self.batch.insert(Batch::plain(&tokens)?));
+        }
+        buffers.starts.clear();
+        buffers.documents.clear();
+        buffers.targets.clear();
+        for (row, at) in (0_i64..).zip(at) {
+            self.dataset.read_marks(split, sample(at), self.length, &mut buffers.marks)?;
+            buffers.starts.extend(&buffers.marks.starts);
+            buffers.documents.push(buffers.marks.starts.len());
+            let places = (row * i64::from(self.length)..).zip(&buffers.marks.targets);
+            buffers.targets.extend(places.filter(|(_, target)| **target).map(|(place, _)| place));
+        }
+        let mut spans = self.batch.take().map_or_else(Spans::whole, |batch| batch.spans);
+        spans.set(buffers.rows(), self.length, self.device)?;
+        Ok(self.batch.insert(Batch::marked(&tokens, &buffers.targets, spans)?))
     }
 }

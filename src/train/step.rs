@@ -34,6 +34,8 @@ pub struct Place {
 pub struct Built {
     /// To be listed, loaded and captured.
     pub state: State,
+    /// The weights that adapters are trained beside; empty if there are no adapters.
+    pub base: State,
     model: Box<dyn Model>,
     layout: Box<dyn Layout>,
     train: TrainConfig,
@@ -42,7 +44,7 @@ pub struct Built {
 
 impl Built {
     /// The model of `model`, with fresh weights if they are to be drawn (`draw`); otherwise with arbitrary ones, which
-    /// are loaded afterwards.
+    /// are loaded afterwards. If there are adapters, they are what is drawn; their base is loaded in any case.
     pub fn new(
         model: &ModelConfig,
         train: TrainConfig,
@@ -52,9 +54,14 @@ impl Built {
     ) -> Result<Self> {
         let Place { rank, world, device } = place;
         let settings = BuildSettings { device, precision: train.precision, seed: draw.then_some(train.seed) };
-        let mut model = model::build(model.kind, &model.config, &settings).context("build model")?;
+        let built = match &model.lora {
+            None => model::build(model.kind, &model.config, &settings),
+            Some(lora) => model::lora::build(model.kind, &model.config, &settings, lora),
+        };
+        let mut model = built.context("build model")?;
+        let base = State::of_base(model.as_ref())?;
         let (state, layout) = strategy::lay_out(parallel, train.precision, model.as_mut(), rank, world)?;
-        Ok(Self { state, model, layout, train, place })
+        Ok(Self { state, base, model, layout, train, place })
     }
 
     /// Ready for the first step. The state must be loaded by then.
@@ -86,7 +93,7 @@ pub struct Training {
 /// The result of a step's passes. The numbers are on the device: the caller chooses when to read them.
 #[derive(Debug)]
 pub struct Pass {
-    /// This rank's part of the step's loss: the mean of it over all ranks is the mean over all sequences of the step.
+    /// This rank's part of the step's loss: the mean of it over all ranks is the mean over all targets of the step.
     pub loss: Tensor,
     /// Time spent reading data.
     pub data: Duration,
@@ -104,31 +111,34 @@ pub struct Update {
 /// The held-out loss of one rank's share.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HeldOut {
-    /// Sum of its sequences' mean losses.
+    /// Sum of the losses of its targets.
     pub loss_sum: f64,
-    /// Its sequences.
-    pub sequences: u64,
+    /// Its targets.
+    pub targets: u64,
 }
 
 impl Training {
     /// Gradients of `step`, reduced under the last backward pass.
     pub fn forward_backward(&mut self, step: Step) -> Result<Pass> {
         let Place { rank, world, .. } = self.place;
+        let reading = Instant::now();
+        let step_targets = self.targets(step)?;
+        let mut data = reading.elapsed();
         let mut cursor = positions(step, self.train.global_batch, rank, world).start;
         let mut total: Option<Tensor> = None;
-        let mut data = Duration::ZERO;
-        for config::Pass { sequences, divisor, last } in self.batches.passes().iter() {
+        for config::Pass { sequences, last } in self.batches.passes().iter() {
             // Whatever is drawn for these sequences depends on their place in the run, not on who computes them.
             torch::manual_seed(pass_seed(self.train.seed, cursor))?;
             let reading = Instant::now();
             let end = cursor + u64::from(sequences);
-            let tokens = self.batches.at_positions(cursor..end)?;
+            let batch = self.batches.at_positions(cursor..end)?;
             cursor = end;
             data += reading.elapsed();
 
             // The weights are read from here on.
             self.strategy.settle()?;
-            let loss = self.model.loss(&tokens)?;
+            let loss = self.model.batch_loss(batch)?;
+            let divisor = config::divisor(step_targets, batch.targets.count(), world);
             let loss = torch::tch_result("scale loss", loss.f_div_scalar(divisor))?;
             self.strategy.backward(&loss, last)?;
             let loss = loss.detach();
@@ -139,6 +149,21 @@ impl Training {
         }
         let loss = total.ok_or_else(|| Error::new(Kind::Bug, "a step without a micro-batch"))?;
         Ok(Pass { loss, data })
+    }
+
+    /// The targets of `step` on all ranks: the same number on each of them, without asking the others. A step without
+    /// any has no loss, and an update would only let weights decay: it is refused by all ranks alike.
+    fn targets(&self, step: Step) -> Result<u64> {
+        let global_batch = self.train.global_batch;
+        let targets = self.batches.targets(positions(step, global_batch, Rank(0), WorldSize(1)))?;
+        if targets > 0 {
+            return Ok(targets);
+        }
+        let what = format!("none of the {global_batch} sequences of step {step} has a token to learn");
+        Err(Error::new(Kind::Config, what).with_hint(
+            "raise train.global_batch, or prepare the data with --pack --sequence-length, so that sequences have whole \
+             answers",
+        ))
     }
 
     /// The update of `step` from its gradients, which are zero afterwards. The state changes here alone.
@@ -173,18 +198,18 @@ impl Training {
         let count = self.batches.held_out().min(u64::from(self.validation_sequences));
         let mut samples = share(count, self.place.rank, self.place.world);
         self.strategy.settle()?;
-        let mut sum = HeldOut { loss_sum: 0.0, sequences: 0 };
+        let mut sum = HeldOut { loss_sum: 0.0, targets: 0 };
         while !samples.is_empty() {
             if is_over() {
                 return Ok(None);
             }
             let end = (samples.start + u64::from(self.train.max_micro_batch)).min(samples.end);
-            let len = end - samples.start;
-            let tokens = self.batches.held_out_at(samples.start..end)?;
+            let batch = self.batches.held_out_at(samples.start..end)?;
             samples.start = end;
-            let loss = tch::no_grad(|| self.model.loss(&tokens))?;
-            sum.loss_sum += torch::to_f64(&loss)? * len as f64;
-            sum.sequences += len;
+            let loss = tch::no_grad(|| self.model.batch_loss(batch))?;
+            let targets = batch.targets.count();
+            sum.loss_sum += torch::to_f64(&loss)? * targets as f64;
+            sum.targets += targets;
         }
         Ok(Some(sum))
     }
@@ -202,6 +227,8 @@ fn pass_seed(seed: u64, first: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    mod marked;
+
     use std::ops::RangeInclusive;
 
     use bytes::Bytes;
@@ -246,13 +273,14 @@ mod tests {
         Run {
             folder,
             model: ModelConfig {
-                kind: ModelKind::Llama,
+                kind: ModelKind::Decoder,
                 config: json!({
                     "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32,
                     "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                     "max_position_embeddings": 64,
                 }),
                 init_from: None,
+                lora: None,
             },
             data: DataConfig {
                 train: String::new(),
@@ -263,6 +291,7 @@ mod tests {
             },
             train: TrainConfig {
                 steps: 10,
+                epochs: 0,
                 global_batch: 8,
                 max_micro_batch,
                 seed: 7,
@@ -304,8 +333,8 @@ mod tests {
         built.train.seed = run.train.seed;
         let dataset = Dataset::open(run.folder.path()).unwrap();
         let batches = Batches::new(dataset, run.data.sequence_length, &run.train, place).unwrap();
-        let Built { state, model, layout, train, place } = built;
-        let built = Built { state: State::new(model.as_ref(), &[]).unwrap(), model, layout, train, place };
+        let Built { state, base, model, layout, train, place } = built;
+        let built = Built { state: State::new(model.as_ref(), &[]).unwrap(), base, model, layout, train, place };
         (built.start(&run.data, batches, Peers::new(group)).unwrap(), state)
     }
 
@@ -354,27 +383,32 @@ mod tests {
             (Ddp, 3, Precision::Bf16),
             (Zero1, 3, Precision::Fp32),
         ] {
-            let run = run(strategy, precision, 2);
-            let whole = everywhere(world, |group| {
-                let (mut training, state) = rank(&run, group, None);
-                (train(&mut training, 1..=6), files(&state, training.place))
-            });
-            let half = everywhere(world, |group| {
-                let (mut training, state) = rank(&run, group, None);
-                (train(&mut training, 1..=3), files(&state, training.place))
-            });
-            let saved: Vec<Bytes> = half.iter().flat_map(|(_, files)| files.clone()).collect();
-            let rest = everywhere(world, |group| {
-                let (mut training, state) = rank(&run, group, Some(&saved));
-                (train(&mut training, 4..=6), files(&state, training.place))
-            });
-            for ((whole, half), rest) in whole.iter().zip(&half).zip(&rest) {
-                assert_eq!(whole.0, [half.0.as_slice(), &rest.0].concat(), "{strategy:?} {world} {precision:?}");
-                assert!(whole.1 == rest.1, "{strategy:?} {world} {precision:?}: other bytes");
-            }
-            let loss = |step: usize| f64::from_bits(whole[0].0[step][0]);
-            assert!(loss(5) < loss(0), "nothing was learnt");
+            assert_resumes(&run(strategy, precision, 2), world);
         }
+    }
+
+    /// Six steps in one go have the bits of three, a save, and three.
+    fn assert_resumes(run: &Run, world: u32) {
+        let case = format!("{:?} {world} {:?}", run.parallel.strategy, run.train.precision);
+        let whole = everywhere(world, |group| {
+            let (mut training, state) = rank(run, group, None);
+            (train(&mut training, 1..=6), files(&state, training.place))
+        });
+        let half = everywhere(world, |group| {
+            let (mut training, state) = rank(run, group, None);
+            (train(&mut training, 1..=3), files(&state, training.place))
+        });
+        let saved: Vec<Bytes> = half.iter().flat_map(|(_, files)| files.clone()).collect();
+        let rest = everywhere(world, |group| {
+            let (mut training, state) = rank(run, group, Some(&saved));
+            (train(&mut training, 4..=6), files(&state, training.place))
+        });
+        for ((whole, half), rest) in whole.iter().zip(&half).zip(&rest) {
+            assert_eq!(whole.0, [half.0.as_slice(), &rest.0].concat(), "{case}");
+            assert!(whole.1 == rest.1, "{case}: other bytes");
+        }
+        let loss = |step: usize| whole.iter().map(|rank| f64::from_bits(rank.0[step][0])).sum::<f64>();
+        assert!(loss(5) < loss(0), "{case}: nothing was learnt");
     }
 
     #[test]
@@ -402,9 +436,9 @@ mod tests {
             let mut total: Option<Tensor> = None;
             for number in 0..count {
                 let begin = all.start + number * size;
-                let tokens = training.batches.at_positions(begin..begin + size).unwrap();
+                let batch = training.batches.at_positions(begin..begin + size).unwrap();
                 training.strategy.settle().unwrap();
-                let loss = training.model.loss(&tokens).unwrap().f_div_scalar(count as f64).unwrap();
+                let loss = training.model.batch_loss(batch).unwrap().f_div_scalar(count as f64).unwrap();
                 training.strategy.backward(&loss, number + 1 == count).unwrap();
                 let loss = loss.detach();
                 total = Some(total.map_or_else(|| loss.shallow_clone(), |sum| sum.f_add(&loss).unwrap()));
@@ -483,8 +517,9 @@ mod tests {
                 assert!(before == files(&state, training.place));
                 share
             });
-            assert_eq!(shares.iter().map(|share| share.sequences).sum::<u64>(), HELD_OUT, "{world} ranks");
-            shares.iter().map(|share| share.loss_sum).sum::<f64>() / HELD_OUT as f64
+            let targets = HELD_OUT * SEQUENCE as u64;
+            assert_eq!(shares.iter().map(|share| share.targets).sum::<u64>(), targets, "{world} ranks");
+            shares.iter().map(|share| share.loss_sum).sum::<f64>() / targets as f64
         });
         // An untrained model guesses.
         assert!((one - 96_f64.ln()).abs() < 0.1, "{one}");

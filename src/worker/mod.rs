@@ -176,8 +176,8 @@ impl Worker {
     /// The validation loss over this rank's share; abandoned at once when the run is to end early.
     fn evaluate(&mut self, gate: &StepGate) -> Result<()> {
         let (step, last) = (self.done, self.last);
-        if let Some(HeldOut { loss_sum, sequences }) = self.training.evaluate(|| gate.is_ending(step) && step < last)? {
-            self.link.tell(&FromWorker::Validated { step, loss_sum, sequences });
+        if let Some(HeldOut { loss_sum, targets }) = self.training.evaluate(|| gate.is_ending(step) && step < last)? {
+            self.link.tell(&FromWorker::Validated { step, loss_sum, targets });
         }
         Ok(())
     }

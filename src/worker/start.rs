@@ -3,13 +3,15 @@
 //! ```text
 //! ► Start      ◄ Listening (rank 0 of several)    ◄ Built      the model and the list of its state
 //! ► Peers (of several ranks)                                   the process group, and a first barrier
-//! ► Layout     ► Restore (unless weights are drawn)    ◄ Ready     slots, and the state in its tensors
+//! ► Layout     ► Restore (unless weights are drawn)    ◄ Ready     slots, a base, and the state in its tensors
 //! ► Go                                                         the strategy meets its peers; the loop begins
 //! ```
 //!
 //! *Crash, error:* nothing has been changed that lasts. The agent starts the whole group again.
 
 use std::{fs::File, net::SocketAddr, path::Path, time::Duration};
+
+use bytes::Bytes;
 
 use super::{
     Worker, device,
@@ -21,15 +23,12 @@ use crate::{
     data::{Dataset, identity},
     error::{Context, Error, Kind, Result},
     faults::{self, At},
-    ids::{DatasetId, Generation, Rank, Step},
-    protocol::{Assignment, FromWorker, SLOT_FDS, SaveOrder, ToWorker},
+    ids::{DatasetId, Fingerprint, Generation, Rank, Step},
+    protocol::{Assignment, BASE_FD, FromWorker, SLOT_FDS, SaveOrder, ToWorker},
+    random::mix,
     snapshot::{capture::Capture, image::SharedImage, plan::ImagePlan},
     torch::{self, Backend, HostCopier, ProcessGroup},
-    train::{
-        Batches, Built, Place,
-        state::{Replicated, State},
-        strategy::Peers,
-    },
+    train::{Batches, Built, Place, state::State, strategy::Peers},
 };
 
 const COPY_THREADS: usize = 2;
@@ -43,7 +42,7 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let Assignment { rank, local_rank, world_size: world, generation, resume_step, store, several_nodes, task } =
         assignment;
     let limit = patience::forming(several_nodes);
-    let Task { config: task, data_dir, data } = Task::read(task)?;
+    let Task { config: task, data_dir, data, base } = Task::read(task)?;
     torch::set_num_threads(task.train.threads)?;
     torch::set_interop_threads(1)?;
     torch::set_deterministic(true)?;
@@ -51,8 +50,8 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     // Rank 0 listens before it does anything slow, so that its peers need not try again.
     let served = if world.get() > 1 && rank == Rank(0) { Some(listen(link, store, limit)?) } else { None };
     let place = Place { rank, world, device: device::pick(task.parallel.device, local_rank)? };
-    // Weights that are to be loaded need not be drawn first.
-    let draw = resume_step == Step(0) && task.model.init_from.is_none();
+    // Weights that are to be loaded need not be drawn first. Adapters begin fresh, whatever they are added to.
+    let draw = resume_step == Step(0) && (task.model.init_from.is_none() || task.model.lora.is_some());
     let mut built = Built::new(&task.model, task.train.clone(), &task.parallel, place, draw)?;
     let (tensors, parameters) = (built.state.specs().to_vec(), built.state.trained());
     link.tell(&FromWorker::Built { tensors, device: device_name(place.device), parameters });
@@ -63,6 +62,9 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         ToWorker::Layout { plan, base } => capture(&plan, base, &built.state, place)?,
         other => return Err(out_of_turn(&other)),
     };
+    if task.model.lora.is_some() {
+        built.base.load(&mapped(BASE_FD, &base).context("map the base")?, true).context("load the base")?;
+    }
     if !draw {
         match orders.next() {
             ToWorker::Restore { slot, files, weights_only } => {
@@ -77,7 +79,10 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     {
         replicated.flip_a_bit()?;
     }
-    let fingerprint = replicated.as_ref().map(Replicated::fingerprint).transpose().context("compare states")?;
+    let fingerprint = match &replicated {
+        Some(replicated) => Some(whole(replicated.fingerprint()?, &built.base).context("compare states")?),
+        None => None,
+    };
     link.tell(&FromWorker::Ready { fingerprint });
     let saves = match orders.next() {
         ToWorker::Go { saves } => saves,
@@ -99,6 +104,15 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         },
         saves,
     ))
+}
+
+/// The fingerprint of what all ranks have when they begin: their state, and the base of adapters, which never changes.
+fn whole(state: Fingerprint, base: &State) -> Result<Fingerprint> {
+    if base.specs().is_empty() {
+        return Ok(state);
+    }
+    let Fingerprint(base) = base.replicated()?.fingerprint()?;
+    Ok(Fingerprint(mix(state.0 ^ mix(base))))
 }
 
 fn out_of_turn(message: &ToWorker) -> Error {
@@ -157,16 +171,17 @@ fn capture(plan: &ImagePlan, base: u64, state: &State, place: Place) -> Result<C
 }
 
 fn restore(state: &mut State, slot: u8, files: &[(u64, u64)], weights_only: bool) -> Result<()> {
-    let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("map the slot to be loaded");
     let fd =
         SLOT_FDS.get(usize::from(slot)).ok_or_else(|| Error::new(Kind::Bug, format!("there is no slot {slot}")))?;
-    let mapping = inherited(*fd)?.map().map_err(memory)?;
-    let files = files
-        .iter()
-        .map(|&(offset, len)| mapping.bytes(offset..offset.saturating_add(len)))
-        .collect::<std::io::Result<Vec<_>>>()
-        .map_err(memory)?;
-    state.load(&files, weights_only)
+    state.load(&mapped(*fd, files).context("map the slot to be loaded")?, weights_only)
+}
+
+/// Files that lie in inherited memory: each one's first byte and length.
+fn mapped(fd: i32, files: &[(u64, u64)]) -> Result<Vec<Bytes>> {
+    let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error);
+    let mapping = inherited(fd)?.map().map_err(memory)?;
+    let bytes = files.iter().map(|&(offset, len)| mapping.bytes(offset..offset.saturating_add(len)));
+    bytes.collect::<std::io::Result<_>>().map_err(memory)
 }
 
 fn inherited(fd: i32) -> Result<SharedImage> {

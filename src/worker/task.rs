@@ -20,6 +20,10 @@ pub struct Task {
     pub data_dir: PathBuf,
     /// The data that must be there.
     pub data: DatasetId,
+    /// The files of the weights that adapters are trained beside: each one's first byte and length in the memory that
+    /// the worker inherits. Empty: there are no adapters.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub base: Vec<(u64, u64)>,
 }
 
 impl Task {

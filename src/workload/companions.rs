@@ -4,6 +4,8 @@
 //! What these files say about tokens agrees with the data. A run that starts from the weights of a folder whose
 //! tokenizer is the data's takes that tokenizer's other files along, chat templates included. They are read from the
 //! folder when the run is created, and from the newest checkpoint when it is resumed: the folder may be gone by then.
+//! A dataset that was prepared with a folder's tokenizer has these files itself, and then they are taken from there:
+//! the chat template is the one that the data was made with.
 
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
@@ -14,7 +16,7 @@ use serde_json::{Map, Value, json};
 use super::initial;
 use crate::{
     checkpoint::{CheckpointError, catalog, restore},
-    config::{RunConfig, TokenizerRule, TrainTask},
+    config::{self, LoraConfig, ModelConfig, RunConfig, TokenizerRule, TrainTask},
     data::{Dataset, meaning::Meaning, shards::Index},
     error::{Error, Kind, Result},
     journal::{Committed, RunState},
@@ -43,6 +45,12 @@ pub struct Tokens {
     pub meaning: Meaning,
     /// The token between documents.
     pub eos_id: u32,
+    /// The token before each document.
+    pub bos_id: Option<u32>,
+    /// The tokens that end an assistant's turn, in chats.
+    pub end_ids: Vec<u32>,
+    /// The tokenizer's other files, of a dataset that has them.
+    pub files: Files,
 }
 
 impl Tokens {
@@ -57,7 +65,39 @@ impl Tokens {
             tracing::warn!("{} {reason}", path.display());
             Meaning::default()
         });
-        Ok(Self { json, meaning, eos_id: index.eos_id })
+        let documents = index.documents.as_ref();
+        let mut files = Files::new();
+        // The run has the model's description.
+        let travelling = documents.into_iter().flat_map(|documents| &documents.files);
+        for entry in travelling.filter(|entry| entry.file != layout::MODEL_CONFIG) {
+            let path = dir.join(&entry.file);
+            let bytes = config::read_small(&path, MAX_FILE)
+                .map_err(|error| Error::from_source(Kind::Config, error).context(format!("read {}", path.display())))?;
+            files.push((entry.file.clone(), bytes.into()));
+        }
+        Ok(Self {
+            json,
+            meaning,
+            eos_id: index.eos_id,
+            bos_id: documents.and_then(|documents| documents.bos_id),
+            end_ids: documents
+                .and_then(|documents| documents.chat.as_ref())
+                .map(|chat| chat.end_ids.clone())
+                .unwrap_or_default(),
+            files,
+        })
+    }
+
+    /// The files of the tokenizer's folder: the data's, where it has them, else `own`, of the folder that the weights
+    /// come from. Generation settings are the model's.
+    fn with(&self, own: Option<Files>) -> Option<Files> {
+        if self.files.is_empty() {
+            return own;
+        }
+        let generation = own.into_iter().flatten().filter(|(name, _)| name == layout::GENERATION_CONFIG);
+        let mut files: BTreeMap<String, Bytes> = self.files.iter().cloned().collect();
+        files.extend(generation);
+        Some(files.into_iter().collect())
     }
 
     fn eos(&self) -> Option<&str> {
@@ -67,7 +107,7 @@ impl Tokens {
 
 /// The files of a run whose tokenizer is the data's alone.
 pub fn plain(task: &TrainTask, tokens: &Tokens) -> Result<Files> {
-    files(task, tokens, None).map(|(files, _)| files)
+    files(task, tokens, tokens.with(None).as_deref()).map(|(files, _)| files)
 }
 
 /// Reads what a new run starts from, and takes along the files that belong to it. `data`: the folder of its data.
@@ -87,7 +127,7 @@ pub async fn of_new_run(config: &RunConfig, data: &Path, reporter: &Reporter) ->
         }
         None => None,
     };
-    let (files, contradictions) = files(task, &tokens, own.as_deref())?;
+    let (files, contradictions) = files(task, &tokens, tokens.with(own).as_deref())?;
     for message in contradictions {
         reporter.event(&Event::Warning { message });
     }
@@ -134,7 +174,7 @@ pub async fn of_existing_run(
             }
         }
     };
-    Ok(Some(files(task, &tokens, Some(&own))?.0))
+    Ok(Some(files(task, &tokens, tokens.with(Some(own)).as_deref())?.0))
 }
 
 /// The files that travel, as they stand in a model folder.
@@ -185,7 +225,8 @@ fn files(task: &TrainTask, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -> 
     files.insert(layout::MODEL_CONFIG.into(), pretty(&description)?);
     files.insert(layout::GENERATION_CONFIG.into(), pretty(&generation)?);
 
-    let json = if own.is_some() { None } else { without_special_tokens(&tokens.json) };
+    let bare = own.is_none() && tokens.bos_id.is_none();
+    let json = if bare { without_special_tokens(&tokens.json) } else { None };
     let json = json.as_ref().map(pretty).transpose()?.unwrap_or_else(|| tokens.json.clone());
     files.insert(layout::TOKENIZER.into(), json);
 
@@ -196,7 +237,7 @@ fn files(task: &TrainTask, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -> 
             }
         }
         None => {
-            let longest = model::max_sequence_length(task.model.kind, &task.model.config)?;
+            let longest = model::context(task.model.kind, &task.model.config)?.positions;
             files.insert(layout::TOKENIZER_CONFIG.into(), pretty(&tokenizer_config(tokens, &description, longest))?);
         }
     }
@@ -206,7 +247,41 @@ fn files(task: &TrainTask, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -> 
     {
         files.insert(layout::SPECIAL_TOKENS.into(), pretty(&Value::Object(special))?);
     }
+    if let Some(adapters) = adapter_config(task)? {
+        files.insert(layout::ADAPTER_CONFIG.into(), pretty(&adapters)?);
+    }
     Ok((files.into_iter().collect(), said))
+}
+
+/// The description of the adapters as PEFT writes it (version 0.10 and later read it); `None`: there are none.
+fn adapter_config(task: &TrainTask) -> Result<Option<Value>> {
+    let ModelConfig { kind, config, init_from: Some(uri), lora: Some(lora) } = &task.model else { return Ok(None) };
+    let LoraConfig { rank, alpha, .. } = lora;
+    // Readers know a folder of this machine by its path.
+    let base = config::local_path(uri).map_or_else(|| uri.clone(), |path| path.display().to_string());
+    #[expect(clippy::cast_possible_truncation, reason = "a whole number below 2^53")]
+    let alpha = if alpha.fract() == 0.0 && *alpha < 9e15 { json!(*alpha as i64) } else { json!(alpha) };
+    Ok(Some(json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": model::lora::target_modules(*kind, config, lora)?,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "use_rslora": false,
+        "use_dora": false,
+        "modules_to_save": null,
+        "layers_to_transform": null,
+        "layers_pattern": null,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "revision": null,
+    })))
 }
 
 fn pretty(value: &Value) -> Result<Bytes> {
@@ -250,20 +325,67 @@ fn description(config: &Value, tokens: &Tokens, own: bool, said: &mut Vec<String
     if !own && map.contains_key("bos_token_id") && bos(map, tokens).is_none() {
         map.insert("bos_token_id".into(), Value::Null);
     }
-    // Version 4 of transformers reads the first two keys, version 5 all three.
-    let present = |map: &Map<String, Value>, key: &str| map.get(key).is_some_and(|value| !value.is_null());
-    if let Some(Value::Object(rope)) = map.get("rope_parameters").cloned() {
-        if !present(map, "rope_theta")
-            && let Some(theta) = rope.get("rope_theta").filter(|theta| theta.is_number())
-        {
-            map.insert("rope_theta".into(), theta.clone());
-        }
-        let kind = rope.get("rope_type").or_else(|| rope.get("type"));
-        if !present(map, "rope_scaling") && kind.is_some_and(|kind| kind != "default") {
-            map.insert("rope_scaling".into(), Value::Object(rope));
-        }
-    }
+    spell_rotary(map);
     config
+}
+
+/// Adds the spelling of transformers 4 to that of transformers 5: version 4 reads keys of the document itself and
+/// `rope_scaling`, version 5 reads `rope_parameters` as well. A key that is there stays as it is.
+fn spell_rotary(map: &mut Map<String, Value>) {
+    let Some(Value::Object(rope)) = map.get("rope_parameters").cloned() else { return };
+    let mut add = |key: &str, value: Option<&Value>| {
+        if let Some(value) = value.filter(|value| !value.is_null())
+            && map.get(key).is_none_or(Value::is_null)
+        {
+            map.insert(key.into(), value.clone());
+        }
+    };
+    let by_type = |layer_type| rope.get(layer_type).and_then(Value::as_object);
+    if let Some(sliding) = by_type("sliding_attention") {
+        add("rope_local_base_freq", sliding.get("rope_theta"));
+    }
+    let rope = by_type("full_attention").unwrap_or(&rope);
+    add("rope_theta", rope.get("rope_theta").filter(|theta| theta.is_number()));
+    add("partial_rotary_factor", rope.get("partial_rotary_factor"));
+    let kind = rope.get("rope_type").or_else(|| rope.get("type"));
+    match kind.and_then(Value::as_str) {
+        None | Some("default") => {}
+        // Version 4 demands these very keys for some families.
+        Some("linear") => add("rope_scaling", Some(&json!({"type": "linear", "factor": rope.get("factor")}))),
+        Some("longrope" | "su" | "yarn") => {
+            add("original_max_position_embeddings", rope.get("original_max_position_embeddings"));
+            let [short, long] = ["short_factor", "long_factor"].map(|key| rope.get(key));
+            add("rope_scaling", Some(&json!({"type": "longrope", "short_factor": short, "long_factor": long})));
+        }
+        Some(_) => add("rope_scaling", Some(&Value::Object(rope.clone()))),
+    }
+}
+
+/// The same files, whose description names the type of the weights that lie beside them: `index` has their bytes and
+/// their number. Programs convert weights to that type when they open the folder.
+pub fn typed(files: &[(String, Bytes)], index: &[u8]) -> Result<Files> {
+    let index: Value = serde_json::from_slice(index).unwrap_or_default();
+    let total = |key: &str| index["metadata"][key].as_u64().filter(|&total| total > 0);
+    let name = match (total("total_size"), total("total_parameters")) {
+        (Some(bytes), Some(elements)) if bytes == elements * 4 => "float32",
+        (Some(bytes), Some(elements)) if bytes == elements * 2 => "bfloat16",
+        // Weights of several types, or an index without numbers: the description stays as it is.
+        _ => return Ok(files.to_vec()),
+    };
+    let typed = |(file, bytes): &(String, Bytes)| {
+        let bytes = if file == layout::MODEL_CONFIG { with_type(bytes, name)? } else { bytes.clone() };
+        Ok((file.clone(), bytes))
+    };
+    files.iter().map(typed).collect()
+}
+
+/// A description that names this type, in the spellings of both versions of transformers.
+pub fn with_type(description: &[u8], name: &str) -> Result<Bytes> {
+    let Some(mut map) = object(description) else { return Ok(Bytes::copy_from_slice(description)) };
+    for key in ["dtype", "torch_dtype"] {
+        map.insert(key.into(), name.into());
+    }
+    pretty(&Value::Object(map))
 }
 
 /// The id of the description's begin token, where the data's tokenizer has a special token of this id.
@@ -272,7 +394,7 @@ fn bos(description: &Map<String, Value>, tokens: &Tokens) -> Option<u32> {
     tokens.meaning.is_special(id).then_some(id)
 }
 
-/// The generation settings: as the folder says, ending with the data's end token.
+/// The generation settings: as the folder says, ending with the data's end token, and with those of turns.
 fn generation_config(
     folder: Option<Map<String, Value>>,
     description: &Value,
@@ -288,6 +410,14 @@ fn generation_config(
         }
         let ids = description.get("eos_token_id").cloned().unwrap_or_else(|| tokens.eos_id.into());
         generation.insert("eos_token_id".into(), ids);
+    }
+    for end in &tokens.end_ids {
+        let ids = generation.entry("eos_token_id").or_insert_with(|| json!([]));
+        if !holds(ids, *end) {
+            let mut all = ids.as_array().cloned().unwrap_or_else(|| vec![ids.clone()]);
+            all.push((*end).into());
+            *ids = all.into();
+        }
     }
     if !from_folder && let Some(id) = description.get("bos_token_id").filter(|id| !id.is_null()) {
         generation.insert("bos_token_id".into(), id.clone());
@@ -306,7 +436,7 @@ fn tokenizer_config(tokens: &Tokens, description: &Value, longest: u32) -> Value
     if let Some(eos) = tokens.eos() {
         settings["eos_token"] = eos.into();
     }
-    let bos = description.as_object().and_then(|map| bos(map, tokens));
+    let bos = tokens.bos_id.or_else(|| description.as_object().and_then(|map| bos(map, tokens)));
     if let Some(bos) = bos.and_then(|id| tokens.meaning.text(id)) {
         settings["bos_token"] = bos.into();
     }
@@ -369,7 +499,8 @@ mod tests {
             "model": {"type": "BPE", "vocab": {"a": 2, "b": 3}, "merges": []},
         });
         let json: Bytes = json.to_string().into_bytes().into();
-        Tokens { meaning: Meaning::of_json(&json).unwrap(), json, eos_id: 0 }
+        let meaning = Meaning::of_json(&json).unwrap();
+        Tokens { meaning, json, eos_id: 0, bos_id: None, end_ids: vec![], files: vec![] }
     }
 
     fn task(extra: Value) -> TrainTask {
@@ -469,16 +600,83 @@ mod tests {
     }
 
     #[test]
+    fn the_files_of_the_data_are_taken_and_generation_ends_with_the_turns() {
+        let config: Bytes = Bytes::from_static(b"{\"eos_token\": \"<|end|>\", \"chat_template\": \"the data's\"}");
+        let tokens = Tokens {
+            files: vec![(layout::TOKENIZER_CONFIG.into(), config.clone())],
+            end_ids: vec![0, 7],
+            bos_id: Some(1),
+            ..tokens()
+        };
+        let template = json!({"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|begin|>"}}]});
+        let mut json: Value = serde_json::from_slice(&tokens.json).unwrap();
+        json["post_processor"] = template;
+        let tokens = Tokens { json: json.to_string().into_bytes().into(), ..tokens };
+        let of_weights: Files = vec![
+            (layout::TOKENIZER_CONFIG.into(), Bytes::from_static(b"{}")),
+            (layout::GENERATION_CONFIG.into(), Bytes::from_static(b"{\"temperature\": 0.5, \"eos_token_id\": 0}")),
+        ];
+        let own = tokens.with(Some(of_weights));
+        let (files, said) = files(&task(json!({})), &tokens, own.as_deref()).unwrap();
+        let files: BTreeMap<_, _> = files.into_iter().collect();
+        assert_eq!(files[layout::TOKENIZER_CONFIG], config, "to the byte");
+        assert_eq!(files[layout::TOKENIZER], tokens.json, "with the begin token");
+        let generation: Value = serde_json::from_slice(&files[layout::GENERATION_CONFIG]).unwrap();
+        assert_eq!(generation, json!({"temperature": 0.5, "eos_token_id": [0, 7]}));
+        assert!(said.is_empty(), "{said:?}");
+    }
+
+    #[test]
     fn rotary_settings_are_spelt_for_every_version() {
         let rope = json!({"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 16});
         let (files, _) = made(json!({"rope_parameters": rope}), None);
         let description = &files[layout::MODEL_CONFIG];
         assert_eq!((&description["rope_theta"], &description["rope_scaling"]), (&json!(5e5), &rope));
-        model::check_description(crate::config::ModelKind::Llama, description).unwrap();
+        model::check_description(crate::config::ModelKind::Decoder, description).unwrap();
         let (files, _) = made(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}), None);
         let description = &files[layout::MODEL_CONFIG];
         assert_eq!((&description["rope_theta"], description.get("rope_scaling")), (&json!(2e4), None));
+
+        let spelt = |rope: Value| {
+            let mut map = Map::from_iter([("rope_parameters".to_owned(), rope)]);
+            spell_rotary(&mut map);
+            map.remove("rope_parameters");
+            Value::Object(map)
+        };
+        assert_eq!(
+            spelt(json!({"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})),
+            json!({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"type": "linear", "factor": 8.0}})
+        );
+        assert_eq!(
+            spelt(json!({"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+                "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 64})),
+            json!({"rope_theta": 1e4, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}})
+        );
+    }
+
+    #[test]
+    fn the_description_names_the_type_of_the_weights_beside_it() {
+        let files: Files = vec![
+            (layout::MODEL_CONFIG.into(), Bytes::from_static(b"{\"torch_dtype\": \"float16\", \"a\": 1}")),
+            ("tokenizer.json".into(), Bytes::from_static(b"{ }")),
+        ];
+        let named = |index: Value| {
+            let typed = typed(&files, index.to_string().as_bytes()).unwrap();
+            assert_eq!(typed[1], files[1]);
+            let description: Value = serde_json::from_slice(&typed[0].1).unwrap();
+            assert_eq!(description["a"], 1);
+            [description["dtype"].clone(), description["torch_dtype"].clone()]
+        };
+        let index =
+            |bytes: u64, elements: u64| json!({"metadata": {"total_size": bytes, "total_parameters": elements}});
+        assert_eq!(named(index(40, 10)), ["float32", "float32"]);
+        assert_eq!(named(index(20, 10)), ["bfloat16", "bfloat16"]);
+        for other in [index(30, 10), index(0, 0), json!({})] {
+            assert_eq!(named(other), [Value::Null, "float16".into()]);
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! - `prepare`: everything that a configuration names, checked and fetched; `loopback`, whether ranks reach each other
 //! - `provenance`: whether data and checkpoints are those that the run was made of
 //! - [`initial`], `companions`: a model folder's weights and tokenizer, and the files taken along into checkpoints
+//! - [`Base`]: the weights that adapters are trained beside
 //! - `collectives`: what NCCL is told on a node of several
 //! - `command`, `inherited`: the process of a worker, and what it inherits of the environment
 //! - `reports`: what the reports of all ranks become
@@ -27,6 +28,7 @@
 pub mod initial;
 pub mod words;
 
+mod base;
 mod collectives;
 mod command;
 mod companions;
@@ -45,6 +47,7 @@ use std::{
 use bytes::Bytes;
 
 pub use self::{
+    base::Base,
     collectives::{Collectives, Recorder},
     companions::Files,
     prepare::Site,
@@ -53,12 +56,13 @@ pub use self::{
 };
 use crate::{
     checkpoint::{manifest::TrainerState, restore::RemoteFile},
-    config::{Device, Shares, Spread, StorageConfig, TrainTask},
+    config::{Device, LoraConfig, Shares, Spread, StorageConfig, TrainTask},
     data::{LocalDataset, identity},
     error::{Error, Kind, Result},
     ids::{DatasetId, Generation, LocalRank, NodeRanks, RunId, Step, WorldSize},
     layout,
     protocol::Assignment,
+    snapshot::image::SharedImage,
     storage::Store,
     worker::task::Task,
 };
@@ -77,6 +81,8 @@ pub struct Workload {
     /// Sequences of one pass over the data.
     sequences: NonZeroU64,
     companions: Files,
+    /// The weights that adapters are trained beside; `None`: there are no adapters.
+    base: Option<Base>,
 }
 
 impl Workload {
@@ -92,12 +98,18 @@ impl Workload {
             identity: DatasetId { index: "0".repeat(16), vocabulary: "1".repeat(16) },
             sequences: NonZeroU64::MIN,
             companions: Files::new(),
+            base: None,
         }
     }
 
     /// Workers on this node.
     pub const fn workers(&self) -> u32 {
         self.workers
+    }
+
+    /// What is computed, with everything worked out that depends on the data.
+    pub const fn task(&self) -> &TrainTask {
+        &self.task
     }
 
     /// The step after which the run is complete.
@@ -108,6 +120,16 @@ impl Workload {
     /// The data that it is trained on.
     pub const fn data(&self) -> &DatasetId {
         &self.identity
+    }
+
+    /// The adapters and the files of their base, as the run's configuration has them.
+    pub const fn lora(&self) -> Option<&LoraConfig> {
+        self.task.model.lora.as_ref()
+    }
+
+    /// The memory that holds the base of adapters, for the workers.
+    pub fn base(&self) -> Option<&SharedImage> {
+        self.base.as_ref().map(Base::image)
     }
 
     /// The facts that decisions depend on, for this many workers of all nodes.
@@ -138,9 +160,10 @@ impl Workload {
         ))
     }
 
-    /// The weights that a run without a checkpoint starts from: a folder, and its files. `None`: they are drawn.
+    /// The weights that a run without a checkpoint starts from: a folder, and its files. `None`: they are drawn, as
+    /// adapters are.
     pub async fn beginning(&self) -> Result<Option<(Store, Vec<RemoteFile>)>> {
-        let Some(uri) = &self.task.model.init_from else { return Ok(None) };
+        let (Some(uri), None) = (&self.task.model.init_from, &self.base) else { return Ok(None) };
         let folder = initial::open(uri, &self.storage)?;
         let files = initial::weights(&self.task.model, uri, &folder).await?;
         Ok(Some((folder, files)))
@@ -169,8 +192,12 @@ impl Workload {
         resume_step: Step,
         store: SocketAddr,
     ) -> Result<Assignment> {
-        let task =
-            Task { config: self.task.clone(), data_dir: self.data.dir().to_owned(), data: self.identity.clone() };
+        let task = Task {
+            config: self.task.clone(),
+            data_dir: self.data.dir().to_owned(),
+            data: self.identity.clone(),
+            base: self.base.as_ref().map_or_else(Vec::new, |base| base.places().to_vec()),
+        };
         let (rank, world_size) = (ranks.rank(local_rank), ranks.world);
         let (several_nodes, task) = (!ranks.is_whole_world(), task.write()?);
         Ok(Assignment { rank, local_rank, world_size, generation, resume_step, store, several_nodes, task })
@@ -181,8 +208,15 @@ impl Workload {
         let state = TrainerState::at(step, &self.task, self.sequences)
             .ok_or_else(|| Error::new(Kind::Config, "train.steps × train.global_batch is too large"))?;
         let state = TrainerState { data: Some(self.identity.clone()), ..state };
-        let mut files = self.companions.clone();
-        files.push((layout::MODEL_INDEX.to_owned(), index));
+        // Adapters are one file, which needs no index.
+        let mut files = match &self.base {
+            Some(_) => self.companions.clone(),
+            None => {
+                let mut files = companions::typed(&self.companions, &index)?;
+                files.push((layout::MODEL_INDEX.to_owned(), index));
+                files
+            }
+        };
         files.push((layout::TRAINER_STATE.to_owned(), state.to_bytes()?.into()));
         Ok(files)
     }

@@ -6,9 +6,9 @@ use std::{
 };
 
 use super::{
-    Workload,
+    Base, Workload,
     companions::{self, Tokens},
-    loopback, provenance,
+    initial, loopback, provenance,
 };
 use crate::{
     config::{Machine, RunConfig, Spread, TrainTask, workers_per_node},
@@ -39,8 +39,18 @@ impl Workload {
     pub async fn of_new_run(config: &RunConfig, site: Site<'_>) -> Result<Self> {
         let TrainTask { model, .. } = &config.workload;
         model::check_description(model.kind, &model.config)?;
+        if let Some(lora) = &model.lora {
+            model::lora::target_modules(model.kind, &model.config, lora)?;
+        }
         let mut workload = Self::prepare(config, site).await?;
         workload.companions = companions::of_new_run(config, workload.data.dir(), site.reporter).await?;
+        if let (Some(lora), Some(uri)) = (&mut workload.task.model.lora, &model.init_from) {
+            reading_base(&site);
+            let folder = initial::open(uri, &config.storage)?;
+            let files = initial::weights(model, uri, &folder).await?;
+            let base = Base::of_new_run(&folder, files, &config.storage).await?;
+            (workload.base, lora.base) = (Some(base.0), base.1);
+        }
         workload.verify().await?;
         Ok(workload)
     }
@@ -59,6 +69,11 @@ impl Workload {
         let holders = companions::holders(state);
         if let Some(files) = companions::of_existing_run(config, workload.data.dir(), run, &holders).await? {
             workload.companions = files;
+        }
+        let model = &config.workload.model;
+        if let (Some(lora), Some(uri)) = (&model.lora, &model.init_from) {
+            reading_base(&site);
+            workload.base = Some(Base::of_existing_run(uri, lora, &config.storage).await?);
         }
         Ok(workload)
     }
@@ -79,31 +94,36 @@ impl Workload {
         let identity = identity::identify(data.dir())?;
         let vocabulary = model::vocab_size(model.kind, &model.config)?;
         data::check_vocabulary(dataset.index(), &wanted.train, vocabulary.into(), "model.config")?;
-        let longest = model::max_sequence_length(model.kind, &model.config)?;
+        let longest = model::context(model.kind, &model.config)?;
         let length = wanted.sequence_length;
-        if length > longest {
-            return Err(Error::new(
-                Kind::Config,
-                format!(
-                    "data.sequence_length is {length}, but the model takes at most {longest} (max_position_embeddings)"
-                ),
-            ));
+        if length > longest.positions {
+            let model::Context { positions, key } = longest;
+            let message = format!("data.sequence_length is {length}, but the model takes at most {positions} ({key})");
+            return Err(Error::new(Kind::Config, message));
         }
+        dataset.check_length(length)?;
         let samples = dataset.samples(Split::Train, length);
         let sequences = NonZeroU64::new(samples).ok_or_else(|| {
             let message = format!("{} holds no sequence of {length} tokens", wanted.train);
             Error::new(Kind::Config, message).with_hint("shorten data.sequence_length or prepare more data")
         })?;
+        let mut task = config.workload.clone();
+        task.train.settle_steps(samples)?;
         Ok(Self {
-            task: config.workload.clone(),
+            task,
             storage: config.storage.clone(),
             workers,
             sequences,
+            base: None,
             companions: companions::plain(&config.workload, &Tokens::of(data.dir(), dataset.index())?)?,
             data,
             identity,
         })
     }
+}
+
+fn reading_base(site: &Site<'_>) {
+    site.reporter.event(&Event::Phase { doing: "reading the weights that the adapters are trained beside".into() });
 }
 
 /// Where datasets that lie in an object store are kept on this machine; `None`: this user has no such place.

@@ -91,7 +91,7 @@ pub struct Reports {
     outline: Outline,
     /// Of steps that not every rank has finished.
     steps: BTreeMap<Step, Vec<StepReport>>,
-    /// Of states that not every rank has measured: how many have, the sum of their losses, their sequences.
+    /// Of states that not every rank has measured: how many have, the sum over their targets, their targets.
     validations: BTreeMap<Step, (u32, f64, u64)>,
 }
 
@@ -103,7 +103,7 @@ impl Reports {
 
     /// A rank has finished a step. `None`: others have not.
     ///
-    /// A rank's loss is weighted by its share of the sequences already, so that the plain mean over ranks is right.
+    /// A rank's loss is weighted by its share of the targets already, so that the plain mean over ranks is right.
     pub fn step(&mut self, report: StepReport) -> Option<Result<Progress, Diverged>> {
         let StepReport { step, grad_norm, lr, .. } = report;
         let reports = self.steps.entry(step).or_default();
@@ -124,10 +124,11 @@ impl Reports {
         Some(Ok(Progress { step, loss, step_s, lr, grad_norm, stall_s, tokens: self.outline.tokens }))
     }
 
-    /// A rank has measured its share of a state. Returns the validation loss once every rank has.
-    pub fn validated(&mut self, step: Step, loss_sum: f64, sequences: u64) -> Option<f64> {
+    /// A rank has measured its share of a state. Returns the validation loss once every rank has, unless there was no
+    /// target.
+    pub fn validated(&mut self, step: Step, loss_sum: f64, targets: u64) -> Option<f64> {
         let (ranks, sum, count) = self.validations.entry(step).or_default();
-        (*ranks, *sum, *count) = (*ranks + 1, *sum + loss_sum, *count + sequences);
+        (*ranks, *sum, *count) = (*ranks + 1, *sum + loss_sum, *count + targets);
         if *ranks != self.outline.workers {
             return None;
         }
@@ -174,7 +175,7 @@ mod tests {
         for rank in 0..3 {
             let mut loss = 0.0;
             for pass in spread.passes(crate::ids::Rank(rank)).iter() {
-                loss += sequence / pass.divisor;
+                loss += sequence / crate::config::divisor(8, pass.sequences.into(), crate::ids::WorldSize(3));
                 sequence += 1.0;
             }
             progress = reports.step(report(1, loss, 1.0));
@@ -213,12 +214,12 @@ mod tests {
     }
 
     #[test]
-    fn a_validation_is_the_mean_over_all_sequences_of_all_ranks() {
+    fn a_validation_is_the_mean_over_all_targets_of_all_ranks() {
         let mut reports = Reports::new(OUTLINE);
         assert_eq!(reports.validated(Step(4), 6.0, 2), None);
         assert_eq!(reports.validated(Step(4), 1.0, 1), None);
         assert_eq!(reports.validated(Step(4), 3.0, 1), Some(2.5));
-        // Fewer sequences than ranks, or none at all.
+        // Fewer targets than ranks, or none at all.
         assert_eq!(reports.validated(Step(8), 0.0, 0), None);
         assert_eq!(reports.validated(Step(8), 0.0, 0), None);
         assert_eq!(reports.validated(Step(8), 0.0, 0), None);

@@ -166,3 +166,15 @@ async fn a_run_keeps_its_data_unless_a_person_names_other_data() {
         }
     }
 }
+
+#[tokio::test]
+async fn epochs_are_steps_of_the_data_that_is_there() {
+    let (_folder, mut config) = prepared().await;
+    (config.workload.train.steps, config.workload.train.epochs) = (0, 50);
+    config.workload.train.schedule.warmup_steps = 0;
+    let workload = Workload::of_new_run(&config, site(&Reporter::silent())).await.unwrap();
+    let batch = u64::from(config.workload.train.global_batch);
+    let steps = (workload.sequences.get() * 50).div_ceil(batch);
+    assert!(steps > 1 && workload.last_step() == Step(steps), "{steps}");
+    assert_eq!(workload.outline(WorldSize(2)).last, Step(steps));
+}

@@ -12,6 +12,7 @@ use trainer::{
         membership::{Listed, Role, beat_every},
         policy::{
             Bounds, Member, Roster,
+            ending::FAILED_SAVES,
             roster::Formation,
             succession::{self, Bereaved, CONFIRM, GoOn, Ground, Heir, TakeOver, YIELD, may_take_over},
         },
@@ -319,7 +320,7 @@ impl Sim {
     fn lead(&mut self, host: Host, generation: Generation) {
         let me = self.my(host);
         (me.phase, me.generation, me.touch) = (Phase::Leader, generation, BTreeSet::from([me.node]));
-        me.broken = false;
+        (me.broken, me.failed) = (false, 0);
         self.after(host, 300, Event::Drain { generation });
         self.after(host, COMMIT, Event::Commit { generation });
     }
@@ -392,10 +393,15 @@ impl Sim {
         // If only the answer was lost, the journal, which it reads next, shows that the record stands.
         let shown = self.me(host).store && len > read;
         if stands.is_none() && !shown {
-            self.tell(host, Input::Saved { ok: false });
+            let failed = self.me(host).failed + 1;
+            self.my(host).failed = failed;
+            if failed == FAILED_SAVES {
+                self.tell(host, Input::HandOver { why: "its saves fail".into() });
+            }
         } else if stands == Some(true) && self.leads(host, generation) {
             self.read(host, (read + 1).min(len));
-            return self.tell(host, Input::Saved { ok: true });
+            self.my(host).failed = 0;
+            return self.tell(host, Input::Saved);
         }
         self.ask(host, Op::Journal);
     }

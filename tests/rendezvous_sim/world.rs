@@ -244,6 +244,8 @@ pub struct Machine {
     /// Nodes whose address it knows.
     pub known: BTreeSet<Node>,
     pub appending: bool,
+    /// Its commits that failed in a row, in the generation that it leads.
+    pub failed: u32,
     /// The generation that it leads can't go on, so nothing more is saved of it.
     pub broken: bool,
     pub busy: u64,
@@ -643,6 +645,7 @@ impl Machine {
             read: 0,
             known: BTreeSet::new(),
             appending: false,
+            failed: 0,
             broken: false,
             busy: 0,
             phase: Phase::Outside,

@@ -12,7 +12,7 @@ use trainer::{
         save::Receipt,
     },
     config::*,
-    data::shards,
+    data::{self, shards},
     ids::{AttemptId, DatasetId, Generation, NodeId, NodeKey, Rank, RunId, Step, WorldSize},
     journal::{Committed, Entry, FormedReason, Gone, Means, Metrics, Record, ResumePoint, RosterEntry, SaveCost},
     rendezvous::heartbeat::{Group, Heartbeat, Process, State},
@@ -37,9 +37,10 @@ pub fn config() -> RunConfig {
         store: "s3://bucket/runs".into(),
         workload: TrainTask {
             model: ModelConfig {
-                kind: ModelKind::Llama,
+                kind: ModelKind::Decoder,
                 config: serde_json::json!({"hidden_size": 64, "rope_theta": 10000.0, "tie_word_embeddings": true}),
                 init_from: Some("s3://bucket/models/base".into()),
+                lora: None,
             },
             data: DataConfig {
                 train: "s3://bucket/data".into(),
@@ -50,6 +51,7 @@ pub fn config() -> RunConfig {
             },
             train: TrainConfig {
                 steps: 2000,
+                epochs: 0,
                 global_batch: 32,
                 max_micro_batch: 8,
                 seed: 1234,
@@ -89,7 +91,7 @@ pub fn config() -> RunConfig {
 /// What the worker of such a run is told to do.
 pub fn task() -> serde_json::Value {
     let data = DatasetId { index: "00000000deadbeef".into(), vocabulary: "0123456789abcdef".into() };
-    Task { config: config().workload, data_dir: "/data".into(), data }.write().expect("plain")
+    Task { config: config().workload, data_dir: "/data".into(), data, base: Vec::new() }.write().expect("plain")
 }
 
 pub fn storage() -> StorageConfig {
@@ -144,6 +146,23 @@ pub fn records_of_version_4() -> Vec<Record> {
         joined: ["n1b2c3d4e5f6a", "n2b2c3d4e5f6a", "n3b2c3d4e5f6a"].map(node).into(),
         why: None,
     }]
+}
+
+/// What version 5 of the journal has added: a run that trains adapters, with the files of their base.
+pub fn records_of_version_5() -> Vec<Record> {
+    let mut config = config();
+    let file = |number: u64| BaseFile {
+        name: format!("model-0000{number}-of-00002.safetensors"),
+        bytes: number * 1_000_000_000,
+        crc64: format!("{number}123456789abcdef"),
+    };
+    config.workload.model.lora = Some(LoraConfig {
+        rank: 16,
+        alpha: 32.0,
+        targets: vec!["q_proj".into(), "v_proj".into()],
+        base: [1, 2].map(file).into(),
+    });
+    vec![Record::Created { run_id: run_id(), config: Box::new(config) }]
 }
 
 /// One record of each kind of version 1 of the journal.
@@ -278,7 +297,7 @@ pub fn heartbeat() -> Heartbeat {
 
 pub fn index() -> shards::Index {
     let file = |file: &str, bytes| shards::FileEntry { file: file.into(), bytes, crc64: Crc64(0x0123_4567_89ab_cdef) };
-    let shard = |name: &str, tokens: u64| shards::ShardEntry { file: file(name, tokens * 2), tokens };
+    let shard = |name: &str, tokens: u64| shards::ShardEntry { file: file(name, tokens * 2), tokens, marks: None };
     shards::Index {
         format: 1,
         dtype: shards::TokenType::U16,
@@ -286,7 +305,35 @@ pub fn index() -> shards::Index {
         eos_id: 2,
         recipe: "00000000deadbeef".into(),
         tokenizer: file("tokenizer.json", 1_800_000),
+        documents: None,
         train: vec![shard("train-00000.bin", 1 << 20), shard("train-00001.bin", 77)],
         validation: vec![shard("validation-00000.bin", 1 << 10)],
     }
+}
+
+/// One of format 2, with everything that it may have.
+pub fn index_of_format_2() -> shards::Index {
+    let file = |file: &str, bytes| shards::FileEntry { file: file.into(), bytes, crc64: Crc64(0x0123_4567_89ab_cdef) };
+    let mut index = index();
+    index.format = 2;
+    for (number, shard) in index.train.iter_mut().chain(&mut index.validation).enumerate() {
+        let split = if number < 2 { data::Split::Train } else { data::Split::Validation };
+        shard.tokens = 129 * (number as u64 + 1);
+        shard.file.bytes = shard.tokens * 2;
+        let name = split.marks_name(number % 2);
+        let file = file(&name, shard.tokens.div_ceil(4));
+        shard.marks = Some(data::marks::MarksEntry { file, documents: 7, targets: 90 });
+    }
+    index.documents = Some(data::marks::Documents {
+        bos_id: Some(1),
+        packed: Some(128),
+        dropped: data::marks::Dropped { too_long: 3, without_target: 4 },
+        chat: Some(data::marks::Rendering {
+            template_sha256: "0123456789abcdef".repeat(4),
+            date: Some("2026-01-31".into()),
+            end_ids: vec![2, 7],
+        }),
+        files: vec![file("chat_template.jinja", 900), file("config.json", 600)],
+    });
+    index
 }

@@ -34,6 +34,13 @@ pub(super) fn pair(lab: &Lab, nodes: &str, faults: &str) -> (Running, Running) {
     leader_and_follower(one, two)
 }
 
+/// Two nodes of a run that has room for more: the leader, and its follower. Rank 0 is held before a save and behind it,
+/// for [`lets_them_join`].
+pub(super) fn first_two(lab: &Lab, nodes: &str) -> (Running, Running) {
+    let hold = [EVERY - 1, EVERY + 2].map(|step| format!("worker.step=stop@rank=0@step={step}@hit={step}")).join(",");
+    pair(lab, nodes, &hold)
+}
+
 /// The entries of the journal, in order.
 fn entries(lab: &Lab, run: &str) -> Vec<Value> {
     let keys = lab.keys(run, "journal/").into_iter();

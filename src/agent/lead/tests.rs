@@ -100,7 +100,7 @@ impl Stage {
         let workers =
             Workers::start(&self.plan.workload, &self.plan.collectives, none, self.slots.shared(), events).unwrap();
         let node = Node::begin(&self.plan, &mut self.slots, workers).unwrap();
-        (Lead::begin(&self.plan, Instant::now(), node, Others::none(), &self.reporter, senders), answers)
+        (Lead::begin(&self.plan, Instant::now(), node, (Others::none(), None), &self.reporter, senders), answers)
     }
 }
 

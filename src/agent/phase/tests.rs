@@ -1,10 +1,12 @@
 //! States built by hand, the time moved by adding to it: no process, no store, no runtime.
 //!
 //! The table in the header of `phase.rs` is compared with what happens ([`table`]); all pairs of misfortunes stand in
-//! [`pairs`]; ranks whose states differ in [`differ`]; what needs more than two events has a test of its own.
+//! [`pairs`]; ranks whose states differ in [`differ`]; how long a lost group goes on saving in [`mod@salvage`]; what
+//! needs more than two events has a test of its own.
 
 mod differ;
 mod pairs;
+mod salvage;
 mod table;
 
 use super::*;
@@ -112,6 +114,7 @@ fn settings(load: Load) -> Settings {
         store_host,
         seats: Seats::new(node("leader"), ranks(0), &[(node("member"), ranks(1))]),
         doubted: false,
+        finishing: crate::agent::finish::FINISHING,
     }
 }
 
@@ -312,6 +315,7 @@ fn words(effect: &Effect) -> String {
             let name = serde_json::to_value(event).unwrap()["event"].as_str().unwrap().to_owned();
             format!("report {name}")
         }
+        Effect::GiveUpSave { .. } => "give up the save".into(),
         Effect::LeaveOut { nodes, .. } => format!("leave out {}", nodes.len()),
         Effect::Log(Log::Built { .. } | Log::Chosen(_) | Log::TrainsOn(_) | Log::Starved { .. }) => "log".into(),
     }
@@ -390,15 +394,6 @@ fn a_snapshot_whose_upload_had_not_begun_when_the_workers_died_is_tried_once() {
     let mut rig = training();
     let _ = rig.feed(save_failed(10, 0));
     assert_eq!(list(&rig.feed(exited())), "kill, hush, upload 10, busy");
-    let effects = rig.feed(save_failed(10, 0));
-    assert_eq!(ended(&effects).unwrap(), "died after 12: worker 1 was killed");
-}
-
-#[test]
-fn an_upload_that_fails_after_the_workers_died_is_tried_once_more() {
-    let mut rig = training();
-    assert_eq!(list(&rig.feed(exited())), "kill");
-    assert_eq!(list(&rig.feed(save_failed(10, 0))), "idle, report warning, hush, upload 10, busy, kill");
     let effects = rig.feed(save_failed(10, 0));
     assert_eq!(ended(&effects).unwrap(), "died after 12: worker 1 was killed");
 }

@@ -90,6 +90,11 @@ impl Training {
         }
     }
 
+    /// Bytes of one save's shards.
+    pub(super) const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     pub(super) fn handle(mut self, event: Event, turn: &mut Turn<'_>) -> Flow<Phase> {
         let stage = Stage::Training;
         match event {
@@ -273,8 +278,8 @@ impl Training {
                 }
                 return Continue(None);
             }
-            FromWorker::Validated { step, loss_sum, sequences } => {
-                self.on_validated(step, loss_sum, sequences, turn);
+            FromWorker::Validated { step, loss_sum, targets } => {
+                self.on_validated(step, loss_sum, targets, turn);
                 return Continue(None);
             }
             FromWorker::Failed { message, hint, permanent } => {
@@ -320,9 +325,9 @@ impl Training {
         Continue(None)
     }
 
-    fn on_validated(&mut self, step: Step, loss_sum: f64, sequences: u64, turn: &mut Turn<'_>) {
+    fn on_validated(&mut self, step: Step, loss_sum: f64, targets: u64, turn: &mut Turn<'_>) {
         self.standstill = Quiet { since: turn.now, told: 0 };
-        if let Some(loss) = self.reports.validated(step, loss_sum, sequences) {
+        if let Some(loss) = self.reports.validated(step, loss_sum, targets) {
             self.ledger.validated(step, loss);
             turn.reports(report::Event::Validation { step, loss });
         }

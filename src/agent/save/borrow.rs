@@ -1,8 +1,8 @@
 //! Files of a checkpoint from the memory of other nodes of the generation.
 //!
 //! The nodes that lived through the last generations ([`Neighbours`]) are asked side by side what they lend
-//! ([`Neighbours::ask`]). Each file that is lacking is then read from the one that has least to give so far ([`share`]),
-//! one file after the other from each node, side by side over the nodes.
+//! ([`Neighbours::ask`]). Each file that is lacking is then read from the one that has least to give so far
+//! ([`share`]), one file after the other from each node, side by side over the nodes.
 //!
 //! # Invariant
 //! No node is trusted: a file counts as there when the checksum that was computed over the bytes as they were written

@@ -1,9 +1,10 @@
 //! A state on its way into a slot: each file from the nearest place that has it.
 //!
 //! The order is this node's own memory (another slot than the one that is filled), then the memory of other nodes of
-//! the generation ([`super::borrow`]), then the store. A file counts as there when its checksum, computed over the bytes in their final place, is the one that its manifest gives. So no
-//! source is trusted, memory least of all: what it gave wrongly is read again from the store, and says nothing about
-//! the checkpoint. Only the store's own bytes can condemn one.
+//! the generation ([`super::borrow`]), then the store. A file counts as there when its checksum, computed over the
+//! bytes in their final place, is the one that its manifest gives. So no source is trusted, memory least of all: what
+//! it gave wrongly is read again from the store, and says nothing about the checkpoint. Only the store's own bytes can
+//! condemn one.
 //!
 //! *Crash, cancel:* the slot's content is worthless until the end. When the future is dropped, at most as many pieces
 //! as this machine has cores are copied on, each into the memory that it owns. *Retry:* a new fetch begins anew.

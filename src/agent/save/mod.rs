@@ -1,6 +1,7 @@
 //! From a step's state in memory to a checkpoint: when one is taken, where it lies, and how it gets to the store.
 
 pub mod borrow;
+pub mod fault;
 pub mod gather;
 pub mod ledger;
 pub mod put;

@@ -8,8 +8,8 @@
 //!
 //! # Invariants
 //! - Bytes of a slot are read under the shelf's lock alone, a frame at a time, into memory of the connection: no loan
-//!   of a slot outlives a frame, and when [`Shelf::clear`] returns, nobody reads a slot and nobody will. That copy costs
-//!   64 KiB a connection and a fraction of the time that TLS takes for the same bytes.
+//!   of a slot outlives a frame, and when [`Shelf::clear`] returns, nobody reads a slot and nobody will. That copy
+//!   costs 64 KiB a connection and a fraction of the time that TLS takes for the same bytes.
 //! - Files of one checkpoint are lent, to members of one generation. What a file should be, its reader knows from the
 //!   manifest: nothing is verified here.
 //!

@@ -416,7 +416,7 @@ impl Slots {
                 let start = base + shard.image_offset;
                 let body = layout.maps[usize::from(slot)].bytes(start..start + shard.len);
                 let kind = match shard.kind {
-                    ShardKind::Model => FileKind::Model,
+                    ShardKind::Adapter | ShardKind::Model => FileKind::Model,
                     ShardKind::Optimizer => FileKind::Optimizer,
                 };
                 let body = body.map_err(memory("read snapshot image"))?;

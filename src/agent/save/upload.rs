@@ -12,14 +12,12 @@
 //! ([`Scheduler::uploaded`](super::scheduler::Scheduler::uploaded)). Losing the run to another writer is final.
 //! *Cancel:* nothing more is written, but requests already sent to the store may land.
 
-use std::collections::BTreeSet;
-
 use tokio::{
     sync::{mpsc, watch},
     task::AbortHandle,
 };
 
-use super::put::Put;
+use super::{fault::Standing, put::Put};
 use crate::{
     checkpoint::save::{Receipt, Save, put_manifest},
     error::{Error, Kind, Result},
@@ -70,6 +68,8 @@ pub struct Snapshot {
     pub cost: watch::Receiver<SaveCost>,
     /// When the step ended.
     pub taken: tokio::time::Instant,
+    /// Hears how the parts of all nodes stand; at the beginning all are missing.
+    pub standing: watch::Sender<Standing>,
 }
 
 /// Events of a save.
@@ -130,21 +130,28 @@ pub fn start(
 /// Gathers the ends of all nodes' parts.
 #[derive(Debug)]
 struct Parts {
-    /// Nodes whose part has not ended.
-    missing: BTreeSet<NodeId>,
+    standing: watch::Sender<Standing>,
     receipts: Vec<Receipt>,
     /// The first failure.
     failed: Option<Error>,
 }
 
 impl Parts {
-    fn of(members: &[NodeId]) -> Self {
-        Self { missing: members.iter().cloned().collect(), receipts: Vec::with_capacity(members.len()), failed: None }
+    fn of(standing: watch::Sender<Standing>) -> Self {
+        Self { standing, receipts: Vec::new(), failed: None }
     }
 
     /// A node's part has ended. Only its first word about that counts.
     fn ended(&mut self, node: &NodeId, result: Result<Receipt>) {
-        if !self.missing.remove(node) {
+        let ok = result.is_ok();
+        let first = self.standing.send_if_modified(|standing| {
+            let first = standing.missing.remove(node);
+            if first && !ok {
+                standing.failed.insert(node.clone());
+            }
+            first
+        });
+        if !first {
             return;
         }
         match result {
@@ -155,7 +162,8 @@ impl Parts {
 
     /// The receipts of all nodes, or the first failure, once every part has ended.
     fn whole(&mut self) -> Option<Result<Vec<Receipt>>> {
-        self.missing.is_empty().then(|| match self.failed.take() {
+        let ended = self.standing.borrow().missing.is_empty();
+        ended.then(|| match self.failed.take() {
             Some(error) => Err(error),
             None => Ok(std::mem::take(&mut self.receipts)),
         })
@@ -164,12 +172,12 @@ impl Parts {
 
 /// Waits until every node's part has ended.
 async fn gather(
-    context: &Context,
     step: Step,
+    standing: watch::Sender<Standing>,
     mut puts: mpsc::UnboundedReceiver<Put>,
     events: &mpsc::UnboundedSender<SaveEvent>,
 ) -> Result<Vec<Receipt>> {
-    let mut parts = Parts::of(&context.members);
+    let mut parts = Parts::of(standing);
     loop {
         if let Some(whole) = parts.whole() {
             return whole;
@@ -188,8 +196,8 @@ async fn save(
     puts: mpsc::UnboundedReceiver<Put>,
     events: &mpsc::UnboundedSender<SaveEvent>,
 ) -> Result<Saved> {
-    let Snapshot { attempt, step, expected, figures, validation_loss, cost, taken, .. } = snapshot;
-    let receipts = gather(context, step, puts, events).await?;
+    let Snapshot { attempt, step, expected, figures, validation_loss, cost, taken, standing, .. } = snapshot;
+    let receipts = gather(step, standing, puts, events).await?;
     let files = || receipts.iter().flat_map(|receipt| &receipt.files);
     let checksums = files().map(|file| (file.name.clone(), file.crc64)).collect();
     let bytes = Receipt::shard_bytes(&receipts);
@@ -295,6 +303,7 @@ mod tests {
                 validation_loss: None,
                 cost: costs,
                 taken: tokio::time::Instant::now(),
+                standing: watch::channel(Standing::of(context.members.clone())).0,
             };
             start(context.clone(), snapshot, puts, to_events);
             Self { context, parts: [first, second], expected, says, events, _cost: cost }

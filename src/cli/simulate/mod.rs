@@ -372,7 +372,7 @@ impl Simulate {
         let restart_s = Input::pick(self.restart, run(|o| o.restart_s, after), DEFAULT.restart_s);
         let notice = Notice { share: 1.0, lead_s: self.notice };
         let notice_share = Input::pick(self.notice_share, run(Observed::announced, "losses without lost steps"), 1.0);
-        let steps = configured.zip(step_s).map(|(config, step_s)| {
+        let steps = configured.filter(|config| config.workload.train.steps > 0).zip(step_s).map(|(config, step_s)| {
             let steps = config.workload.train.steps;
             (steps as f64 * step_s, format!("{steps} steps of {}", human::seconds(step_s)))
         });

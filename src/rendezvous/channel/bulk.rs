@@ -1,7 +1,7 @@
 //! Bulk connections: bytes of files that one node's memory has and another one of its generation needs.
 //!
 //! They lie beside the links, so that no ping waits behind them: the same port, the same TLS and the same keys. Which
-//! of the two a connection is, its handshake says by the application protocol [`NAME`] (RFC 7301). A node of a version
+//! of the two a connection is, its handshake says by the application protocol `NAME` (RFC 7301). A node of a version
 //! that does not know bulk connections chooses none, and the one that dials reads [`NotLent::Unknown`] before it has
 //! said a word.
 //!
@@ -17,9 +17,9 @@
 //! ```
 //!
 //! # Limits
-//! A question has at most [`MAX_ASK`] bytes, a read at most [`MAX_READ`], and each length is checked before memory is
+//! A question has at most `MAX_ASK` bytes, a read at most `MAX_READ`, and each length is checked before memory is
 //! taken for it. Both sides bound each read in time ([`read_limit`]), so a node that stops reading, or answers at a
-//! crawl, is given up; [`IDLE`] bounds the time between two questions. What is lent, and to whom, is the owner's
+//! crawl, is given up; `IDLE` bounds the time between two questions. What is lent, and to whom, is the owner's
 //! decision ([`Lends`]). The reader trusts nothing: it compares the whole file with its manifest.
 //!
 //! *Crash, cancel:* the connection ends, and the reader gets an error. *Retry:* none here; the store has every file.
@@ -134,7 +134,7 @@ pub enum NotLent {
 
 /// What a node lends to others.
 pub trait Lends: Send + Sync {
-    /// The names of the files of this checkpoint that `node` may read now. It may wait, at most for [`OPENING`], until
+    /// The names of the files of this checkpoint that `node` may read now. It may wait, at most for `OPENING`, until
     /// this node takes part in the generation.
     fn names(&self, node: &NodeId, wanted: &Wanted) -> impl Future<Output = Result<Vec<String>, Refusal>> + Send;
     /// Whether `node` may read this part now.
@@ -145,14 +145,14 @@ pub trait Lends: Send + Sync {
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Ask {
+enum Question {
     Open(Wanted),
     Read(Part),
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Answer {
+enum Reply {
     Names(Vec<String>),
     Sends(u64),
     Refused(Refusal),
@@ -189,31 +189,31 @@ impl Caller {
         loop {
             let ask = self.frames.next(&mut self.stream, MAX_ASK, IDLE).await?;
             match (serde_json::from_slice(&ask), &open) {
-                (Ok(Ask::Open(wanted)), _) => {
+                (Ok(Question::Open(wanted)), _) => {
                     let names = lends.names(&self.peer.node, &wanted).await;
-                    self.say(&names.map_or_else(Answer::Refused, Answer::Names)).await?;
+                    self.say(&names.map_or_else(Reply::Refused, Reply::Names)).await?;
                     open = Some(wanted);
                 }
-                (Ok(Ask::Read(part)), Some(wanted)) => {
+                (Ok(Question::Read(part)), Some(wanted)) => {
                     // The semaphore is never closed.
                     let Ok(_turn) = turns.acquire().await else { return Ok(()) };
                     let sending = send(&mut self.stream, &self.peer.node, self.settings, lends, wanted, &part);
                     timeout(read_limit(part.len.min(MAX_READ)), sending).await.unwrap_or(Err(End::Slow))?;
                 }
-                (Ok(Ask::Read(_)), None) | (Err(_), _) => {
-                    self.say(&Answer::Refused(Refusal::Question)).await?;
+                (Ok(Question::Read(_)), None) | (Err(_), _) => {
+                    self.say(&Reply::Refused(Refusal::Question)).await?;
                     return Err(End::Protocol("a question without a meaning".into()));
                 }
             }
         }
     }
 
-    async fn say(&mut self, answer: &Answer) -> Result<(), End> {
+    async fn say(&mut self, answer: &Reply) -> Result<(), End> {
         say(&mut self.stream, answer, self.settings).await
     }
 }
 
-async fn say(stream: &mut TlsStream<TcpStream>, answer: &Answer, settings: LinkSettings) -> Result<(), End> {
+async fn say(stream: &mut TlsStream<TcpStream>, answer: &Reply, settings: LinkSettings) -> Result<(), End> {
     let frame = frame::encode(answer, MAX_MESSAGE).map_err(|fault| End::Protocol(fault.to_string()))?;
     frame::write(stream, &frame, settings.silence).await
 }
@@ -229,9 +229,9 @@ async fn send(
 ) -> Result<(), End> {
     let may = if part.len > MAX_READ { Err(Refusal::Range) } else { lends.may_read(node, wanted, part) };
     if let Err(refusal) = may {
-        return say(stream, &Answer::Refused(refusal), settings).await;
+        return say(stream, &Reply::Refused(refusal), settings).await;
     }
-    say(stream, &Answer::Sends(part.len), settings).await?;
+    say(stream, &Reply::Sends(part.len), settings).await?;
     let mut buffer = vec![0; PREFIX + FRAME];
     let mut sent = 0;
     while sent < part.len {
@@ -240,7 +240,7 @@ async fn send(
         let copied = lends.copy(node, wanted, &part.file, part.offset.saturating_add(sent), &mut frame[PREFIX..]);
         if let Err(refusal) = copied {
             frame::write(stream, &[0; PREFIX], settings.silence).await?;
-            return say(stream, &Answer::Refused(refusal), settings).await;
+            return say(stream, &Reply::Refused(refusal), settings).await;
         }
         // At most 64 KiB.
         frame[..PREFIX].copy_from_slice(&(len as u32).to_le_bytes());
@@ -289,11 +289,11 @@ impl Reader {
     /// The names of the files of a checkpoint that the other node lends.
     pub async fn open(&mut self, wanted: &Wanted) -> Result<Vec<String>, NotLent> {
         let asking = async {
-            self.ask(&Ask::Open(wanted.clone())).await?;
+            self.ask(&Question::Open(wanted.clone())).await?;
             match self.answer().await? {
-                Answer::Names(names) => Ok(names),
-                Answer::Refused(refusal) => Err(refusal.into()),
-                Answer::Sends(_) => Err(End::Protocol("bytes where names were asked for".into()).into()),
+                Reply::Names(names) => Ok(names),
+                Reply::Refused(refusal) => Err(refusal.into()),
+                Reply::Sends(_) => Err(End::Protocol("bytes where names were asked for".into()).into()),
             }
         };
         // The other node's own limit comes first.
@@ -317,19 +317,19 @@ impl Reader {
 
     async fn read_part(&mut self, part: Part, into: &mut [u8]) -> Result<Crc64, NotLent> {
         let wrong = |what: &str| End::Protocol(format!("{what} of {}", part.file));
-        self.ask(&Ask::Read(part.clone())).await?;
+        self.ask(&Question::Read(part.clone())).await?;
         match self.answer().await? {
-            Answer::Sends(len) if len == part.len => {}
-            Answer::Sends(_) => return Err(wrong("another length than the asked one").into()),
-            Answer::Refused(refusal) => return Err(refusal.into()),
-            Answer::Names(_) => return Err(wrong("names instead of bytes").into()),
+            Reply::Sends(len) if len == part.len => {}
+            Reply::Sends(_) => return Err(wrong("another length than the asked one").into()),
+            Reply::Refused(refusal) => return Err(refusal.into()),
+            Reply::Names(_) => return Err(wrong("names instead of bytes").into()),
         }
         let (mut sum, mut left) = (Crc64::EMPTY, into);
         while !left.is_empty() {
             let frame = self.frames.next(&mut self.stream, FRAME, self.settings.silence).await?;
             if frame.is_empty() {
                 return match self.answer().await? {
-                    Answer::Refused(refusal) => Err(refusal.into()),
+                    Reply::Refused(refusal) => Err(refusal.into()),
                     _ => Err(wrong("no reason for the end").into()),
                 };
             }
@@ -343,12 +343,12 @@ impl Reader {
         Ok(sum)
     }
 
-    async fn ask(&mut self, ask: &Ask) -> Result<(), End> {
+    async fn ask(&mut self, ask: &Question) -> Result<(), End> {
         let frame = frame::encode(ask, MAX_ASK).map_err(|fault| End::Protocol(fault.to_string()))?;
         frame::write(&mut self.stream, &frame, self.settings.silence).await
     }
 
-    async fn answer(&mut self) -> Result<Answer, End> {
+    async fn answer(&mut self) -> Result<Reply, End> {
         let answer = self.frames.next(&mut self.stream, MAX_MESSAGE, OPENING + self.settings.silence).await?;
         serde_json::from_slice(&answer).map_err(|error| End::Protocol(format!("not an answer: {error}")))
     }

@@ -351,8 +351,9 @@ async fn whoever_hangs_in_the_handshake_has_to_go_when_its_time_is_over() {
     // At each place where one can hang: before the first byte, within the first flight, before the proof, before the
     // hello.
     let mut mute = TcpStream::connect(pair.listener.address()).await.unwrap();
-    let mut config =
-        rustls::ClientConfig::clone(tls::connector(&pair.guest.identity, pair.host.identity.key(), &[]).unwrap().config());
+    let mut config = rustls::ClientConfig::clone(
+        tls::connector(&pair.guest.identity, pair.host.identity.key(), &[]).unwrap().config(),
+    );
     config.enable_sni = false;
     let mut flight = Vec::new();
     let mut client = ClientConnection::new(Arc::new(config), tls::name(pair.listener.address())).unwrap();

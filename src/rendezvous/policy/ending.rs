@@ -14,9 +14,6 @@ pub struct Present {
     pub leads: bool,
     /// The nodes that it can go on with, itself included.
     pub nodes: u32,
-    /// Its own saves that failed in a row. A save whose answer was lost, and that the journal shows to stand, has not
-    /// failed: otherwise a group loses its leader now and then over nothing.
-    pub failed_saves: u32,
 }
 
 /// The operator's patience with a run that has too few nodes.
@@ -40,8 +37,6 @@ pub enum Ending {
     GoOn,
     /// It leads and can't go on: save what can be saved, append `interrupted`, then wait as a node that leads nothing.
     StepDown,
-    /// As [`StepDown`](Self::StepDown), and then leave: another node does better as the leader.
-    HandOver,
     /// Too few nodes: wait, for this long at most (`None`: without end).
     Wait(Option<Duration>),
     /// It has waited long enough: leave.
@@ -50,10 +45,7 @@ pub enum Ending {
 
 /// The decision and its reason; `waited`: since this node last led or followed.
 pub fn give_up(view: Present, waited: Duration, bounds: Bounds, wait: Wait) -> (Ending, String) {
-    let Present { leads, nodes, failed_saves } = view;
-    if leads && failed_saves >= FAILED_SAVES {
-        return (Ending::HandOver, format!("{failed_saves} saves in a row failed on this node, which leads"));
-    }
+    let Present { leads, nodes } = view;
     if nodes >= bounds.min {
         return (Ending::GoOn, format!("{nodes} of at least {} nodes are here", bounds.min));
     }
@@ -72,30 +64,21 @@ mod tests {
 
     const BOUNDS: Bounds = Bounds { min: 2, max: 4, global_batch: 8, mixed: false };
 
-    fn end(leads: bool, nodes: u32, failed_saves: u32, waited: u64, wait: Wait) -> Ending {
-        give_up(Present { leads, nodes, failed_saves }, Duration::from_secs(waited), BOUNDS, wait).0
+    fn end(leads: bool, nodes: u32, waited: u64, wait: Wait) -> Ending {
+        give_up(Present { leads, nodes }, Duration::from_secs(waited), BOUNDS, wait).0
     }
 
     #[test]
     fn a_leader_below_the_minimum_steps_down_and_others_wait_as_long_as_asked() {
         for wait in [Wait::RUN, Wait::BOOT] {
-            assert_eq!(end(true, 2, 0, 0, wait), Ending::GoOn);
-            assert_eq!(end(true, 1, 0, 9999, wait), Ending::StepDown, "however long it has waited before");
-            assert_eq!(end(false, 2, 0, 9999, wait), Ending::GoOn);
+            assert_eq!(end(true, 2, 0, wait), Ending::GoOn);
+            assert_eq!(end(true, 1, 9999, wait), Ending::StepDown, "however long it has waited before");
+            assert_eq!(end(false, 2, 9999, wait), Ending::GoOn);
         }
-        assert_eq!(end(false, 1, 0, 1 << 40, Wait::BOOT), Ending::Wait(None));
-        assert_eq!(end(false, 1, 0, 599, Wait::RUN), Ending::Wait(Some(Duration::from_secs(1))));
-        assert_eq!(end(false, 1, 0, 600, Wait::RUN), Ending::Leave);
-        let (_, why) =
-            give_up(Present { leads: false, nodes: 1, failed_saves: 0 }, Duration::from_secs(700), BOUNDS, Wait::RUN);
+        assert_eq!(end(false, 1, 1 << 40, Wait::BOOT), Ending::Wait(None));
+        assert_eq!(end(false, 1, 599, Wait::RUN), Ending::Wait(Some(Duration::from_secs(1))));
+        assert_eq!(end(false, 1, 600, Wait::RUN), Ending::Leave);
+        let (_, why) = give_up(Present { leads: false, nodes: 1 }, Duration::from_secs(700), BOUNDS, Wait::RUN);
         assert_eq!(why, "1 of at least 2 nodes are here after 600 s");
-    }
-
-    #[test]
-    fn a_leader_that_can_not_save_hands_over() {
-        assert_eq!(end(true, 4, FAILED_SAVES, 0, Wait::BOOT), Ending::HandOver);
-        assert_eq!(end(true, 1, FAILED_SAVES, 0, Wait::BOOT), Ending::HandOver);
-        assert_eq!(end(true, 4, FAILED_SAVES - 1, 0, Wait::BOOT), Ending::GoOn);
-        assert_eq!(end(false, 4, FAILED_SAVES, 0, Wait::BOOT), Ending::GoOn, "the leader leaves a follower out");
     }
 }

@@ -56,6 +56,8 @@ pub struct Place {
 pub enum Why {
     /// It was a member and did not answer.
     Silent,
+    /// It led, and its last heartbeat says that it left.
+    Left,
     /// Its program or its protocol differs.
     Program {
         /// Its own.
@@ -93,6 +95,7 @@ impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Silent => write!(f, "did not answer"),
+            Self::Left => write!(f, "left as its heartbeat says"),
             Self::Program { its, ours } => write!(f, "runs {its}, and the group runs {ours}"),
             Self::Kind { its, ours } => write!(f, "computes with {its:?}, and the group with {ours:?}"),
             Self::Kills(times) => write!(f, "ended the group {times} times at one step"),
@@ -147,6 +150,10 @@ pub fn compose(view: &Answers<'_>, bounds: Bounds) -> (Composed, String) {
         }
         None => true,
     });
+    if let Some(why) = part_with_unsafe(view, &mut candidates, bounds, &mut out) {
+        let reason = format!("this node {why}, and others are ready that do better");
+        return (Composed::Defer(why), reason);
+    }
     part_strangers(&mut candidates, me, &mut out);
     let places = allot(&candidates, bounds, &mut out);
     if let Some((_, why)) = out.iter().find(|(node, _)| *node == me.member.node) {
@@ -206,11 +213,35 @@ fn unfit(candidate: &Candidate, me: &Candidate, kind: &str, bounds: Bounds) -> O
     if candidate.kills >= KILLS {
         return Some(Why::Kills(candidate.kills));
     }
-    if candidate.failed_saves >= FAILED_SAVES {
-        return Some(Why::Saves(candidate.failed_saves));
-    }
     if !bounds.mixed && candidate.member.kind != kind {
         return Some(Why::Kind { its: candidate.member.kind.clone(), ours: kind.to_owned() });
+    }
+    None
+}
+
+/// Leaves out newcomers whose saves have failed, where there are enough others: they were left out for that before.
+/// Such a node does not lead others that can save. A member stays, whatever became of it: it was needed, or the leader
+/// leaves it out by name. `Some`: why this node does not propose.
+fn part_with_unsafe(
+    view: &Answers<'_>,
+    candidates: &mut Vec<&Candidate>,
+    bounds: Bounds,
+    out: &mut Vec<(NodeId, Why)>,
+) -> Option<Why> {
+    let is_member = |candidate: &Candidate| view.previous.is_some_and(|old| old.has(&candidate.member.node));
+    let is_unsafe = |candidate: &Candidate| candidate.failed_saves >= FAILED_SAVES && !is_member(candidate);
+    let safe = candidates.iter().filter(|candidate| !is_unsafe(candidate)).count();
+    if safe > 0 && is_unsafe(view.proposer) {
+        return Some(Why::Saves(view.proposer.failed_saves));
+    }
+    if safe >= usize::try_from(bounds.min).unwrap_or(usize::MAX).max(1) {
+        candidates.retain(|candidate| {
+            let stays = !is_unsafe(candidate);
+            if !stays {
+                out.push((candidate.member.node.clone(), Why::Saves(candidate.failed_saves)));
+            }
+            stays
+        });
     }
     None
 }
@@ -391,14 +422,30 @@ mod tests {
         let deaf = Candidate { failed_saves: FAILED_SAVES, ..node("c", 1) };
         let other = Candidate { program: "2.0".into(), ..node("d", 1) };
         let nearly = Candidate { kills: KILLS - 1, failed_saves: FAILED_SAVES - 1, ..node("f", 1) };
-        let old = roster(&[node("a", 1), node("b", 1), node("c", 1)]);
+        let old = roster(&[node("a", 1), node("b", 1)]);
         let ready = [faulty.clone(), deaf, other, node("e", 0), nearly];
         assert_eq!(
             told(&formed(&node("a", 1), &ready, Some(&old), BOUNDS)),
-            "a:0 f:1 | b ended the group 3 times at one step, c failed 3 saves in a row, \
-             d runs 2.0, and the group runs 1.0, e has no workers"
+            "a:0 f:1 | b ended the group 3 times at one step, d runs 2.0, and the group runs 1.0, e has no workers, \
+             c failed 3 saves in a row"
         );
         assert_eq!(composed(&faulty, &[], None, BOUNDS), Composed::Defer(Why::Kills(3)), "also if it would lead");
+    }
+
+    #[test]
+    fn a_node_whose_saves_failed_takes_part_where_it_is_needed_and_leads_nobody_that_can_save() {
+        let failing = |name: &str| Candidate { failed_saves: FAILED_SAVES, ..node(name, 1) };
+        let two = Bounds { min: 2, ..BOUNDS };
+        let enough = formed(&node("a", 1), &[failing("b"), node("c", 1)], None, two);
+        assert_eq!(told(&enough), "a:0 c:1 | b failed 3 saves in a row");
+        let places = |formation: &Formation| formation.places.len();
+        assert_eq!(places(&formed(&node("a", 1), &[failing("b")], None, two)), 2, "it is needed");
+        assert_eq!(composed(&failing("a"), &[node("b", 1)], None, two), Composed::Defer(Why::Saves(3)));
+        assert_eq!(places(&formed(&failing("a"), &[failing("b")], None, two)), 2, "nobody can save");
+        assert_eq!(places(&formed(&failing("a"), &[], None, BOUNDS)), 1, "nobody else is there");
+        let old = roster(&[node("a", 1), node("b", 1)]);
+        let again = formed(&failing("a"), &[failing("b"), node("c", 1)], Some(&old), two);
+        assert_eq!(places(&again), 3, "members stay: they were needed");
     }
 
     #[test]

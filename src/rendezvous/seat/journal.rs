@@ -30,10 +30,6 @@ impl<R: Rules> Seat<R> {
                     if generation > self.killed {
                         self.kills = 0;
                     }
-                    // A save whose answer was lost stands after all.
-                    if self.leads(generation) {
-                        self.failed_saves = 0;
-                    }
                 }
             }
         }
@@ -89,7 +85,7 @@ impl<R: Rules> Seat<R> {
         self.lost.clear();
         self.leaving.clear();
         self.suspect = Suspect::default();
-        (self.welcomed, self.broken, self.failed, self.failed_saves) = (false, None, 0, 0);
+        (self.welcomed, self.broken, self.failed) = (false, None, 0);
         (self.promised, self.probing, self.round, self.judging) = (None, None, None, None);
         self.why.clear();
     }

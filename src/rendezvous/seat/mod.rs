@@ -176,6 +176,7 @@ pub struct Seat<R> {
     kills: u32,
     /// The generation in which the last of them happened.
     killed: Generation,
+    /// Saves that failed in a row because of this node, until it is trusted again.
     failed_saves: u32,
 
     /// Looks of an older epoch are over.
@@ -275,7 +276,9 @@ impl<R: Rules> Seat<R> {
                 self.leaving = nodes;
                 self.leaving.remove(&self.me.member.node);
             }
-            Input::Saved { ok } => self.saved(ok),
+            Input::Saved => self.grow(),
+            Input::Fails { saves } => self.failed_saves = saves,
+            Input::HandOver { why } => self.hand_over(why),
         }
     }
 

@@ -13,8 +13,7 @@ use crate::{
     ids::{Generation, NodeId},
     rendezvous::policy::{
         Roster,
-        ending::{Ending, Present, Wait, give_up},
-        roster::{Answers, Candidate, Composed, Formation, compose, may_grow},
+        roster::{Answers, Candidate, Composed, Formation, Why, compose, may_grow},
         succession::{ANSWER, GoOn, Heir, Leader, PROMISE, TakeOver},
     },
 };
@@ -238,7 +237,8 @@ impl<R: Rules> Seat<R> {
                 // It may have lost members meanwhile, or ended.
                 self.think_in(Duration::ZERO);
             }
-            Composed::Form(next) => {
+            Composed::Form(mut next) => {
+                self.tell_who_left(&mut next);
                 grounds.retain(|ground| !ground.is_empty());
                 self.form(round.generation, next, previous, grounds.join("; "));
             }
@@ -252,6 +252,16 @@ impl<R: Rules> Seat<R> {
                     self.fail();
                 }
                 self.think();
+            }
+        }
+    }
+
+    /// A leader that said good-bye is not taken for one that fell silent.
+    fn tell_who_left(&self, next: &mut Formation) {
+        let Some(leader) = self.leader().filter(|_| self.phase != Phase::Leader && self.suspect.left) else { return };
+        for (node, why) in &mut next.out {
+            if node == leader && *why == Why::Silent {
+                *why = Why::Left;
             }
         }
     }
@@ -307,17 +317,9 @@ impl<R: Rules> Seat<R> {
         }
     }
 
-    pub(super) fn saved(&mut self, ok: bool) {
-        if ok {
-            self.failed_saves = 0;
-            return self.grow();
-        }
-        self.failed_saves = self.failed_saves.saturating_add(1);
-        let nodes = u32::try_from(self.nodes()).unwrap_or(u32::MAX);
-        let view = Present { leads: self.phase == Phase::Leader, nodes, failed_saves: self.failed_saves };
-        let (ending, why) = give_up(view, Duration::ZERO, self.bounds, Wait::BOOT);
-        if ending == Ending::HandOver {
-            // It comes back as another node when it reaches the store.
+    /// It comes back as another node when it reaches the store.
+    pub(super) fn hand_over(&mut self, why: String) {
+        if self.phase == Phase::Leader && self.open().is_some() {
             self.reason("hands over", why);
             self.over();
             self.leave(Output::HandOver);
@@ -325,7 +327,7 @@ impl<R: Rules> Seat<R> {
     }
 
     /// After a commit, nodes that wait may join.
-    fn grow(&mut self) {
+    pub(super) fn grow(&mut self) {
         let Some(roster) = self.open().filter(|_| self.phase == Phase::Leader) else { return };
         let room = roster.members.len() < usize::try_from(self.bounds.max).unwrap_or(usize::MAX);
         let idle = !self.busy && self.broken.is_none() && self.round.is_none() && !self.appending;

@@ -5,7 +5,10 @@ use super::{testing::*, *};
 use crate::rendezvous::{
     heartbeat::State,
     membership::Listed,
-    policy::succession::{ANSWER, PROMISE},
+    policy::{
+        roster::Why,
+        succession::{ANSWER, PROMISE},
+    },
 };
 
 #[test]
@@ -87,6 +90,22 @@ fn a_follower_without_a_leader_is_busy_first_and_then_proposes() {
     assert_eq!(desk.pass(Duration::from_secs(5)), []);
     assert_eq!(invited(&desk.tell(Input::Busy(false))), Some((1, "c".into())), "a is gone");
     assert_eq!(forms(&desk.hear("c", ready(1, "c"))), Some("b c".into()));
+}
+
+#[test]
+fn a_leader_that_said_good_bye_is_not_said_to_be_silent() {
+    for (beat, why) in [(left(), Why::Left), (beat(State::Leader, 30), Why::Silent)] {
+        let mut desk = Desk::follower("b", "a b c");
+        desk.lose("a", true);
+        desk.beats(vec![("a", beat)]);
+        desk.pass(Duration::ZERO);
+        let out = desk.hear("c", ready(1, "c"));
+        let told = out.iter().find_map(|output| match output {
+            Output::Form { formation, .. } => Some(formation.out.clone()),
+            _ => None,
+        });
+        assert_eq!(told, Some(vec![(id("a"), why)]), "{out:?}");
+    }
 }
 
 #[test]
@@ -179,7 +198,7 @@ fn a_process_that_was_gone_and_beats_again_is_asked_again() {
         let list = vec![listed(id("a"), 1000), listed(id("b"), 1000), listed(id("x"), at)];
         desk.tell(Input::Listed(list));
         desk.beats(vec![("b", None), ("x", beat(State::Waiting, 30))]);
-        let out = desk.tell(Input::Saved { ok: true });
+        let out = desk.tell(Input::Saved);
         invited(&out)
     };
     assert_eq!(list(&mut desk, 990), None, "its last beat may be older than its end");
@@ -288,18 +307,18 @@ fn a_follower_that_is_not_welcomed_in_time_lost_its_leader() {
 #[test]
 fn a_leader_grows_after_a_commit_and_only_if_somebody_can_join() {
     let mut desk = Desk::leader("a b", Bounds { max: 3, ..BOUNDS });
-    assert_eq!(desk.tell(Input::Saved { ok: true }), [], "nobody waits");
+    assert_eq!(desk.tell(Input::Saved), [], "nobody waits");
     desk.list("a b x y");
     desk.beats(["b", "x", "y"].map(|name| (name, beat(State::Waiting, 30))).to_vec());
     desk.tell(Input::Busy(true));
-    assert_eq!(desk.tell(Input::Saved { ok: true }), []);
+    assert_eq!(desk.tell(Input::Saved), []);
     desk.tell(Input::Busy(false));
-    assert_eq!(invited(&desk.tell(Input::Saved { ok: true })), Some((1, "b x y".into())));
+    assert_eq!(invited(&desk.tell(Input::Saved)), Some((1, "b x y".into())));
     desk.hear("x", ready(1, "x"));
     desk.hear("y", ready(1, "y"));
     let out = desk.pass(ANSWER);
     assert_eq!(out, [send("x", Body::Release), send("y", Body::Release)], "b would be left out");
-    desk.tell(Input::Saved { ok: true });
+    desk.tell(Input::Saved);
     desk.hear("b", ready(2, "b"));
     desk.hear("x", ready(2, "x"));
     assert_eq!(forms(&desk.hear("y", ready(2, "y"))), Some("a b x".into()));
@@ -310,7 +329,7 @@ fn a_generation_that_ends_while_it_asks_who_may_join_is_formed_anew_at_once() {
     let mut desk = Desk::leader("a b", BOUNDS);
     desk.list("a b x");
     desk.beats(["b", "x"].map(|name| (name, beat(State::Waiting, 30))).to_vec());
-    assert_eq!(invited(&desk.tell(Input::Saved { ok: true })), Some((1, "b x".into())));
+    assert_eq!(invited(&desk.tell(Input::Saved)), Some((1, "b x".into())));
     assert_eq!(desk.tell(Input::Again { kills: 0 }), []);
     desk.hear("b", ready(1, "b"));
     let out = desk.hear("x", Body::No { round: 1, leader_lives: false, why: String::new() });
@@ -319,25 +338,27 @@ fn a_generation_that_ends_while_it_asks_who_may_join_is_formed_anew_at_once() {
 }
 
 #[test]
-fn a_leader_whose_saves_fail_hands_over_and_a_followers_count() {
+fn a_leader_hands_over_and_says_goodbye() {
     let mut desk = Desk::leader("a b", BOUNDS);
-    for _ in 0..2 {
-        assert_eq!(desk.tell(Input::Saved { ok: false }), []);
-    }
-    desk.journal(vec![Line::Committed(Generation(3))]);
-    for _ in 0..2 {
-        assert_eq!(desk.tell(Input::Saved { ok: false }), [], "one of them stood after all");
-    }
+    let hand_over = || Input::HandOver { why: "its saves fail".into() };
     let ends = [Output::Say { role: Role::Waiting, left: true }, Output::HandOver];
-    assert_eq!(desk.tell(Input::Saved { ok: false }), [&[send("b", over(3))][..], &ends].concat());
-
+    assert_eq!(desk.tell(hand_over()), [&[send("b", over(3))][..], &ends].concat());
+    assert_eq!(desk.tell(Input::Again { kills: 0 }), [], "this machine has ended");
     let mut desk = Desk::follower("b", "a b");
-    for _ in 0..5 {
-        assert_eq!(desk.tell(Input::Saved { ok: false }), []);
+    assert_eq!(desk.tell(hand_over()), [], "it leads nothing by now");
+}
+
+#[test]
+fn a_node_whose_saves_failed_says_so_until_it_is_trusted_again() {
+    for (said, told) in [(vec![3], 3), (vec![3, 0], 0)] {
+        let mut desk = Desk::follower("b", "a b");
+        for saves in said {
+            assert_eq!(desk.tell(Input::Fails { saves }), []);
+        }
+        let out = desk.hear("a", invite(1, 4, "a b"));
+        let candidate = Candidate { failed_saves: told, ..candidate("b") };
+        assert_eq!(out, [send("a", Body::Ready { round: 1, candidate })]);
     }
-    let out = desk.hear("a", invite(1, 4, "a b"));
-    let failed = Candidate { failed_saves: 5, ..candidate("b") };
-    assert_eq!(out, [send("a", Body::Ready { round: 1, candidate: failed })]);
 }
 
 #[test]

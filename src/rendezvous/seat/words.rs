@@ -175,10 +175,17 @@ pub enum Input {
     },
     /// All nodes that have notice and will go; each such input replaces the one before.
     Leaving(BTreeSet<NodeId>),
-    /// A save of this node has ended. A leader whose commit stands may grow.
-    Saved {
-        /// Whether it stands.
-        ok: bool,
+    /// A save of the generation that this node leads is committed: nodes that wait may join.
+    Saved,
+    /// How many saves in a row have failed because of this node, as others are to know when they form a generation.
+    Fails {
+        /// Saves; 0: it is trusted again.
+        saves: u32,
+    },
+    /// This node leads, its saves fail, and others' do not: another one leads better.
+    HandOver {
+        /// What was found.
+        why: String,
     },
 }
 
@@ -256,7 +263,7 @@ pub enum Output {
     },
     /// A newer generation stands without this node, which was a member. The end of this machine.
     LeftOut,
-    /// This node led, and too many of its saves failed. The end of this machine.
+    /// This node led, and another one leads better. The end of this machine.
     HandOver,
     /// A line for the log.
     Log(String),

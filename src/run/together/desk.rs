@@ -30,7 +30,7 @@ use crate::{
         group::{self, ToLeader, ToMember},
     },
     ids::{Generation, NodeId, NodeKey},
-    journal::{JournalWriter, RosterEntry},
+    journal::{FormedReason, JournalWriter, RosterEntry},
     layout,
     rendezvous::{
         channel::End,
@@ -39,7 +39,7 @@ use crate::{
         peers::{self, PeerEvent, Peers},
         policy::{
             Bounds, Member, Roster,
-            roster::{Formation, Place},
+            roster::{Formation, Place, Why},
         },
         seat::{Beat, Body, Input, Me, Output, Seat, Sound, Timer},
     },
@@ -80,7 +80,7 @@ pub enum Call {
     Wait,
     /// A newer generation stands without this node.
     LeftOut,
-    /// This node's saves fail too often: another one leads better.
+    /// This node's saves fail: another one leads better.
     HandOver,
 }
 
@@ -92,7 +92,7 @@ pub struct Proposal {
     /// Its roster, as it is stored.
     pub roster: Vec<RosterEntry>,
     /// The nodes that are left out, and why.
-    pub out: Vec<(NodeId, String)>,
+    pub out: Vec<(NodeId, FormedReason, String)>,
     /// The generation before, if it has no recorded end.
     pub continues: Option<Roster>,
 }
@@ -108,6 +108,10 @@ pub enum Tell {
     Appended(Option<bool>),
     /// A save of the generation that this node leads is committed.
     Saved,
+    /// How many saves in a row failed because of this node; 0: it is trusted again.
+    Fails(u32),
+    /// This node leads, and another one leads better; answered by [`Call::HandOver`] if it still leads.
+    HandOver(String),
     /// From now on messages of this generation go there.
     Route(Route),
     /// The generation is over for this node, and its workers are gone.
@@ -432,7 +436,9 @@ impl Work {
                 self.give(Input::Appended { stands });
                 self.give(Input::Journal(Vec::new()));
             }
-            Tell::Saved => self.give(Input::Saved { ok: true }),
+            Tell::Saved => self.give(Input::Saved),
+            Tell::Fails(saves) => self.give(Input::Fails { saves }),
+            Tell::HandOver(why) => self.give(Input::HandOver { why }),
             Tell::Route(route) => {
                 let generation = route.generation();
                 self.taken = generation;
@@ -685,10 +691,16 @@ impl Work {
         Proposal {
             generation,
             roster: formation.places.iter().map(entry).collect(),
-            out: formation.out.iter().map(|(node, why)| (node.clone(), why.to_string())).collect(),
+            out: formation.out.iter().map(left_out).collect(),
             continues,
         }
     }
+}
+
+/// A node that is left out, as the journal tells it.
+fn left_out((node, why): &(NodeId, Why)) -> (NodeId, FormedReason, String) {
+    let reason = if *why == Why::Left { FormedReason::NodeLeft } else { FormedReason::NodeLost };
+    (node.clone(), reason, why.to_string())
 }
 
 /// Tells the links where these nodes are, as far as their heartbeats say so.

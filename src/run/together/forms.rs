@@ -50,16 +50,16 @@ impl Runner {
         let here: BTreeSet<&NodeId> = roster.iter().map(|entry| &entry.node).collect();
         let continued = continues.as_ref().map(|roster| roster.generation);
         let old: BTreeSet<&NodeId> = continues.iter().flat_map(|old| &old.members).map(|member| &member.node).collect();
-        let why = |node: &NodeId| {
-            let told = out.iter().find(|(out, _)| out == node).map(|(_, why)| why.clone());
-            memory.gone.get(node).map(|(_, why)| why.clone()).or(told).unwrap_or_else(|| "did not answer".to_owned())
+        let told = |node: &NodeId| {
+            let out = || out.iter().find(|(out, ..)| out == node).map(|(_, reason, why)| (*reason, why.as_str()));
+            memory.gone.get(node).map(|(reason, why)| (*reason, why.as_str())).or_else(out)
         };
+        let why = |node| short(told(node).map_or("did not answer", |(_, why)| why));
         let gone: Vec<Gone> =
-            old.difference(&here).map(|node| Gone { node: (*node).clone(), why: short(&why(node)) }).collect();
+            old.difference(&here).map(|node| Gone { node: (*node).clone(), why: why(node) }).collect();
         let joined =
             if continues.is_some() { here.difference(&old).map(|node| (*node).clone()).collect() } else { vec![] };
-        let left =
-            |gone: &Gone| memory.gone.get(&gone.node).is_some_and(|(reason, _)| *reason == FormedReason::NodeLeft);
+        let left = |gone: &Gone| told(&gone.node).is_some_and(|(reason, _)| reason == FormedReason::NodeLeft);
         let reason = match (&continues, gone.is_empty(), joined.is_empty()) {
             (None, ..) => FormedReason::Started,
             (_, false, _) if gone.iter().all(left) => FormedReason::NodeLeft,

@@ -26,15 +26,20 @@ mod desk;
 mod forms;
 mod kind;
 mod read;
+mod trial;
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{sync::mpsc, time::Instant};
 
-use self::desk::{Call, Desk, Myself, Route, Tell, Tools, Words};
+use self::{
+    desk::{Call, Desk, Myself, Route, Tell, Tools, Words},
+    trial::Trial,
+};
 use super::{Outcome, Runner, Seating, Story, launch::OnComplete, or_notice, parting, told_to_leave};
 use crate::{
     agent::{
+        blame::{self, Blame},
         follow::{self, Followed, Leader},
         generation::{self, End, Left, Load, Stopped},
         group::{Company, ToLeader, ToMember},
@@ -72,6 +77,8 @@ enum After {
     Again,
     /// The next one, if there is one, is not this node's to form.
     Wait,
+    /// This node led it, its saves fail, and others' do not.
+    HandOver(String),
     /// The run is over for this node.
     Over(Outcome),
     /// A newer generation stands without it.
@@ -87,6 +94,10 @@ struct Memory {
     opened: (Generation, bool),
     /// Members of the last generation that this node led which are leaving, or were lost, and why.
     gone: BTreeMap<NodeId, (FormedReason, String)>,
+    /// Of a node whose saves failed.
+    trial: Trial,
+    /// How this node's own workers have died.
+    blame: Blame,
 }
 
 impl Runner {
@@ -169,6 +180,8 @@ impl Runner {
                 (state.generation(), read::has_ended(&state, state.generation()))
             },
             gone: BTreeMap::new(),
+            trial: Trial::default(),
+            blame: Blame::default(),
         };
         let reporter = self.reporter.clone();
         let Some(seated) = or_notice(notices, &reporter, self.take_a_seat()).await else {
@@ -236,10 +249,15 @@ impl Runner {
             if let After::Again = &after {
                 desk.tell(Tell::Leaving(memory.gone.keys().cloned().collect()));
             }
+            if let After::HandOver(why) = &after {
+                memory.trial.begins(&desk);
+                desk.tell(Tell::HandOver(why.clone()));
+            }
             desk.tell(Tell::Off);
             match after {
                 After::Over(outcome) => return Ok(outcome),
                 After::Again => desk.tell(Tell::Again),
+                After::HandOver(_) => {}
                 After::Wait => {
                     if let Some(then) = self.has_completed(&memory).await? {
                         return Ok(Outcome::Completed { then });
@@ -254,12 +272,26 @@ impl Runner {
                         return self.leaves(memory.story.finished);
                     };
                     again?;
-                    let Some(seated) = or_notice(notices, &reporter, self.take_a_seat()).await else {
+                    let Some(seated) = or_notice(notices, &reporter, self.takes_another_seat()).await else {
                         return self.leaves(memory.story.finished);
                     };
                     (desk, me) = seated?;
+                    memory.trial.tells(&desk);
                     memory.load = None;
                 }
+            }
+        }
+    }
+
+    /// Takes a seat after another one. Waits while the store is away: that may be why the other one was lost.
+    async fn takes_another_seat(&mut self) -> Result<(Desk, Myself)> {
+        loop {
+            match self.take_a_seat().await {
+                Err(error) if error.kind() == Kind::Unavailable => {
+                    tracing::warn!(%error, "this node can't come back now");
+                    tokio::time::sleep(STORE_AWAY).await;
+                }
+                seated => return seated,
             }
         }
     }
@@ -423,7 +455,8 @@ impl Runner {
         let (to_desk, heard) = mpsc::unbounded_channel();
         let (to, sent) = mpsc::unbounded_channel::<(NodeId, ToMember)>();
         let (saves, saved) = mpsc::unbounded_channel();
-        let company = Company { others: seating.others.clone(), to, heard, saves };
+        let min = usize::try_from(self.options.nodes.min).unwrap_or(usize::MAX);
+        let company = Company { others: seating.others.clone(), to, heard, saves, min };
         let tells = desk.voice();
         tokio::spawn(post(saved, move |()| _ = tells.send(Tell::Saved)));
         desk.tell(Tell::Route(Route::Lead(generation, to_desk)));
@@ -436,6 +469,8 @@ impl Runner {
             self.estimates.seed(&newest.committed);
         }
         let mut left = Left::default();
+        memory.blame.begins(seating.others.len() >= min);
+        left.members.blame = std::mem::take(&mut memory.blame);
         let (slots, estimates) = (&mut self.slots, &mut self.estimates);
         let ended = generation::run(plan, Some(company), slots, estimates, notices, &self.reporter, &mut left).await;
         // The last words to the members are on their way once this has ended.
@@ -455,6 +490,7 @@ impl Runner {
     ) -> Result<After> {
         let members = std::mem::take(&mut left.members);
         memory.story.differed = members.differed;
+        memory.blame = members.blame;
         let leaving =
             members.leaving.into_iter().map(|node| (node, (FormedReason::NodeLeft, "was told to leave".to_owned())));
         memory.gone.extend(leaving);
@@ -487,6 +523,16 @@ impl Runner {
                 Ok(After::Again)
             }
             Ok(End::Diverged { step, reason }) => Err(self.diverged(generation, step, &reason).await),
+            // The others have heard it, and one of them forms the next generation.
+            Ok(End::Died { .. }) if members.blamed.is_some() => Err(blame::leaves(&members.blamed.unwrap_or_default())),
+            Ok(End::Died { step, .. }) if members.hands_over.is_some() => {
+                memory.story.finished = Some(step);
+                self.from = None;
+                let why = members.hands_over.unwrap_or_default();
+                let message = format!("this node hands over: {why}");
+                self.reporter.event(&Event::Warning { message });
+                Ok(After::HandOver(why))
+            }
             Ok(End::Died { step, reason }) => {
                 memory.story.finished = Some(step);
                 self.from = None;
@@ -543,6 +589,7 @@ impl Runner {
         let (reporter, state) = (self.reporter.clone(), self.journal.state());
         let Some(formed) = state.formation(generation).cloned() else { return Ok(After::Wait) };
         let Some(leader) = formed.roster.first().map(|entry| entry.node.clone()) else { return Ok(After::Wait) };
+        memory.gone.clear();
         self.gives_up_changes();
         let preparing = async {
             if !self.is_as_recorded().await? {
@@ -572,12 +619,24 @@ impl Runner {
         let post = tokio::spawn(post(sent, move |words| links.send(&leader, generation, Words::ToLeader(words))));
         let plan = self.plan(generation, &load, Instant::now(), &seating, false);
         let leader = Leader { to, heard };
-        let followed = follow::run(plan, leader, &mut self.slots, notices, &reporter).await;
+        memory.blame.begins(seating.others.len() >= usize::try_from(self.options.nodes.min).unwrap_or(usize::MAX));
+        let followed = follow::run(plan, leader, &mut self.slots, notices, &reporter, &mut memory.blame).await;
         let _ = post.await;
         let (outcome, step) = match followed? {
-            Followed::Over { leaving: false, ends_the_run: false, finished } => {
+            Followed::Over { leaving: false, ends_the_run: false, hands_over, unfit, finished } => {
                 let reason = self.reads_the_reason(generation);
                 memory.story.finished = Some(finished);
+                if let Some(why) = unfit {
+                    let message = format!("this node is left out: {why}");
+                    self.reporter.event(&Event::Warning { message });
+                    memory.trial.begins(desk);
+                }
+                if let (Some(why), Some(leader)) = (hands_over, formed.roster.first()) {
+                    let message = format!("node {} hands over: {why}", leader.node);
+                    self.reporter.event(&Event::Warning { message });
+                    memory.gone.insert(leader.node.clone(), (FormedReason::NodeLost, why));
+                    return Ok(After::Wait);
+                }
                 return match or_notice(notices, &reporter, tokio::time::timeout(REASON, reason)).await {
                     Some(_) => Ok(After::Wait),
                     None => Ok(After::Over(self.leaves(Some(finished))?)),

@@ -121,7 +121,8 @@ mod tests {
 
     fn replicated(tensors: &[Tensor]) -> Replicated {
         let words = tensors.iter().map(|tensor| words(tensor).unwrap()).collect();
-        let state = State { params: Vec::new(), specs: Vec::new(), tensors: Vec::new(), targets: Vec::new() };
+        let state =
+            State { params: Vec::new(), specs: Vec::new(), tensors: Vec::new(), targets: Vec::new(), adapters: false };
         Replicated { words, ..state.replicated().unwrap() }
     }
 
@@ -192,7 +193,7 @@ mod tests {
             "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
         });
         let settings = BuildSettings { device: Device::Cpu, precision, seed: Some(7) };
-        model::build(ModelKind::Llama, &config, &settings).unwrap()
+        model::build(ModelKind::Decoder, &config, &settings).unwrap()
     }
 
     #[test]

@@ -224,7 +224,7 @@ mod tests {
             "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
             "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
         });
-        model::build(ModelKind::Llama, &config, &BuildSettings { device: Device::Cpu, precision, seed: Some(seed) })
+        model::build(ModelKind::Decoder, &config, &BuildSettings { device: Device::Cpu, precision, seed: Some(seed) })
             .unwrap()
     }
 

@@ -13,6 +13,9 @@
 //! | zero1, bf16 | `<name>` BF16 | those, and its slices of `master.<name>`: the fp32 weights |
 //! | each, of a frozen parameter | `<name>` in its own type | |
 //!
+//! The base of a model with adapters is no part of the state. Its weights are loaded by [`State::of_base`]; the state
+//! has the adapters, which are in fp32 under every strategy, and go into a file of their own.
+//!
 //! Slices are stored as described in [`slices`](crate::format::slices). If a checkpoint has `master.<name>`, that is
 //! the weight, and `<name>` is its value rounded to bf16: so a checkpoint's folder stays a model folder that anybody
 //! can load, and saving needs no gather. Any rank of any world under either strategy loads from any of these: it takes
@@ -30,8 +33,8 @@ use super::partition::{Partition, Piece};
 use crate::{
     error::{Error, Kind as ErrorKind, Result},
     ids::Rank,
-    model::Model,
-    snapshot::plan::{Dtype, Part, TensorSpec},
+    model::{Model, Parameter},
+    snapshot::plan::{Dtype, Part, ShardKind, TensorSpec},
     torch,
 };
 
@@ -47,7 +50,7 @@ pub struct Row<'a> {
 /// The tensors of a role on one rank.
 #[derive(Clone, Debug)]
 pub enum Tensors<'a> {
-    /// Every parameter's values, frozen ones too: the model has them, whole, on every rank.
+    /// Every parameter's values, frozen ones too but for a base: the model has them, whole, on every rank.
     OfModel,
     /// One for each trained parameter, whole, on every rank.
     Whole(&'a [Tensor]),
@@ -87,12 +90,26 @@ pub struct State {
     specs: Vec<TensorSpec>,
     tensors: Vec<Tensor>,
     targets: Vec<Target>,
+    /// The weights are adapters.
+    adapters: bool,
 }
 
 impl State {
     /// The state of `model`, row by row.
     pub fn new(model: &dyn Model, rows: &[Row<'_>]) -> Result<Self> {
-        let params = model.parameters().iter().map(|parameter| Param {
+        let own: Vec<&Parameter> = model.parameters().iter().filter(|parameter| !parameter.is_base()).collect();
+        let adapters = own.len() < model.parameters().len();
+        Self::of(&own, adapters, rows)
+    }
+
+    /// The base of a model with adapters: to be loaded, and to be compared. Of other models it is empty.
+    pub fn of_base(model: &dyn Model) -> Result<Self> {
+        let base: Vec<&Parameter> = model.parameters().iter().filter(|parameter| parameter.is_base()).collect();
+        Self::of(&base, false, &[Row { role: Role::Weight, tensors: Tensors::OfModel }])
+    }
+
+    fn of(parameters: &[&Parameter], adapters: bool, rows: &[Row<'_>]) -> Result<Self> {
+        let params = parameters.iter().map(|parameter| Param {
             name: parameter.name.clone(),
             shape: parameter.values().size().into_iter().map(|extent| u64::try_from(extent).unwrap_or(0)).collect(),
             len: parameter.values().numel() as u64,
@@ -100,11 +117,11 @@ impl State {
         });
         let params: Vec<Param> = params.collect();
         let trained: Vec<usize> = (0..params.len()).filter(|&param| params[param].trained).collect();
-        let mut state = Self { params, specs: Vec::new(), tensors: Vec::new(), targets: Vec::new() };
+        let mut state = Self { params, specs: Vec::new(), tensors: Vec::new(), targets: Vec::new(), adapters };
         for Row { role, tensors } in rows {
             match tensors {
                 Tensors::OfModel => {
-                    for (param, parameter) in model.parameters().iter().enumerate() {
+                    for (param, parameter) in parameters.iter().enumerate() {
                         state.add_whole(*role, param, parameter.values())?;
                     }
                 }
@@ -161,7 +178,11 @@ impl State {
 
     fn spec(&self, role: Role, param: usize, dtype: Dtype, part: Option<Part>) -> TensorSpec {
         let Param { name, shape, .. } = &self.params[param];
-        TensorSpec { name: role.name_of(name), dtype, shape: shape.clone(), kind: role.traits().file, part }
+        let kind = match role.traits().file {
+            ShardKind::Model if self.adapters => ShardKind::Adapter,
+            kind => kind,
+        };
+        TensorSpec { name: role.name_of(name), dtype, shape: shape.clone(), kind, part }
     }
 
     /// All tensors of the state, the same list on every rank.
@@ -208,3 +229,6 @@ pub(super) fn part(tensor: &Tensor, begin: u64, len: u64) -> Result<Tensor, TchE
 pub(super) fn signed(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod lora_tests;

@@ -6,7 +6,8 @@
 //! | `ddp` | all | all-reduced behind the backward pass | all, the same on every rank | nothing |
 //! | `zero1` | all, to compute with | reduced by chunks | its chunk of each bucket | buckets are gathered |
 //!
-//! Frozen parameters are whole on every rank under each of them, and nobody reduces, updates or gathers them.
+//! Frozen parameters are whole on every rank under each of them, and nobody reduces, updates or gathers them. Adapters
+//! beside a frozen base are trained like any parameter, in fp32.
 //!
 //! A strategy is made in two steps, because a worker says what its state is before it meets its peers: [`lay_out`]
 //! chooses and makes the tensors, [`Layout::connect`] makes what reduces and updates them.
@@ -139,6 +140,9 @@ fn choose(
     rank: Rank,
     world: WorldSize,
 ) -> Result<(State, Box<dyn Layout>)> {
+    // Adapters are so small that rounding them for computing saves nothing: PEFT's file has them in fp32.
+    let adapted = model.parameters().iter().any(Parameter::is_base);
+    let precision = if adapted { Precision::Fp32 } else { precision };
     let made = tch::no_grad(|| match wanted {
         _ if world.get() <= 1 => single::lay_out(model),
         config::Strategy::Ddp => ddp::lay_out(model, buckets),

@@ -5,7 +5,7 @@ use tch::{Device, Kind};
 
 use super::*;
 use crate::{
-    config::{ModelKind, Pass, Spread, share},
+    config::{ModelKind, Pass, Spread, divisor, share},
     model::{self, BuildSettings, Weight},
     snapshot::plan::{Dtype, ShardKind, TensorSpec, plan},
     torch::{LIMIT, byte_len, ranks, store_bytes, to_f64},
@@ -46,7 +46,7 @@ fn build(case: &Case) -> Box<dyn Model> {
         "attention_bias": true, "tie_word_embeddings": case.tied,
     });
     let settings = BuildSettings { device: Device::Cpu, precision: case.precision, seed: Some(7) };
-    model::build(ModelKind::Llama, &config, &settings).unwrap()
+    model::build(ModelKind::Decoder, &config, &settings).unwrap()
 }
 
 /// The same in every step, so that something is learnt.
@@ -92,11 +92,11 @@ fn train(case: &Case, group: Option<ProcessGroup>) -> Trained {
     for step in 1..=STEPS {
         let mut sum = 0.0;
         let mut first = share(BATCH.into(), rank, world).start;
-        for Pass { sequences, divisor, last } in passes.iter() {
+        for Pass { sequences, last } in passes.iter() {
             let tokens = tokens(first, sequences);
             first += u64::from(sequences);
             strategy.settle().unwrap();
-            let loss = model.loss(&tokens).unwrap() / divisor;
+            let loss = model.loss(&tokens).unwrap() / divisor(BATCH.into(), sequences.into(), world);
             strategy.backward(&loss, last).unwrap();
             sum += to_f64(&loss).unwrap();
         }

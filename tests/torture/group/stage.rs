@@ -400,9 +400,12 @@ impl<'a> Stage<'a> {
             Strike::Stop { whole, time, .. } => {
                 for place in &places {
                     let node = &mut self.nodes[*place];
-                    let workers = if *whole { node.running.workers() } else { Vec::new() };
+                    let mut workers = if *whole { node.running.workers() } else { Vec::new() };
                     node.running.signal(Signal::STOP);
                     workers.iter().for_each(|pid| _ = kill_process(*pid, Signal::STOP));
+                    // A second blow may fall on a sleeper: whoever sleeps already wakes, too.
+                    let before = node.asleep.take().map(|(_, before)| before);
+                    workers.extend(before.unwrap_or_default());
                     node.asleep = Some((Instant::now() + (*time).min(LONGEST_SLEEP), workers));
                 }
             }

@@ -220,6 +220,7 @@ fn files_are_shared_out_by_their_bytes() {
     let names = |list: &[&str]| list.iter().map(|name| (*name).to_owned()).collect::<HashSet<String>>();
     let (all, some) = (names(&["a", "b", "c", "d"]), names(&["c"]));
     let files = [("a", 1), ("b", 3), ("c", 6), ("d", 3), ("e", 9)];
+    // Both give 6 bytes when the smallest is shared out.
     let shares = share(&files, &[&all, &all]);
     assert_eq!(shares, [Some(0), Some(1), Some(0), Some(1), None]);
     assert_eq!(share(&files, &[&some, &all]), [Some(1), Some(1), Some(0), Some(1), None]);

@@ -151,8 +151,8 @@ async fn what_is_not_there_is_refused_by_name_and_the_rest_is_read_on() {
     }
     // More than may be asked for at once, though the file has it.
     let part = Part { file: "long".into(), offset: 0, len: MAX_READ + 1 };
-    reader.ask(&Ask::Read(part)).await.unwrap();
-    assert!(matches!(reader.answer().await.unwrap(), Answer::Refused(Refusal::Range)));
+    reader.ask(&Question::Read(part)).await.unwrap();
+    assert!(matches!(reader.answer().await.unwrap(), Reply::Refused(Refusal::Range)));
     reader.read("short", 3, &mut [0; 10]).await.unwrap();
     two.are_undisturbed().await;
 }
@@ -211,7 +211,7 @@ async fn a_later_protocol_is_refused_by_name() {
 
 #[tokio::test]
 async fn questions_without_a_meaning_end_the_connection_and_take_no_memory() {
-    let read = |len: u64| Ask::Read(Part { file: "short".into(), offset: 0, len });
+    let read = |len: u64| Question::Read(Part { file: "short".into(), offset: 0, len });
     let before_open = frame::encode(&read(1), MAX_ASK).unwrap();
     let gibibyte = (1_u32 << 30).to_le_bytes().to_vec();
     let nonsense = frame::encode(&"more", MAX_ASK).unwrap();
@@ -243,7 +243,7 @@ async fn of_a_liar(bytes: Vec<u8>) -> NotLent {
 
 #[tokio::test]
 async fn a_liar_is_not_believed() {
-    let sends = |len: u64| frame::encode(&Answer::Sends(len), MAX_MESSAGE).unwrap();
+    let sends = |len: u64| frame::encode(&Reply::Sends(len), MAX_MESSAGE).unwrap();
     let raw = |len: usize| [&(len as u32).to_le_bytes()[..], &vec![7; len]].concat();
     let gibibyte = (1_u32 << 30).to_le_bytes().to_vec();
     for (what, bytes) in [
@@ -268,7 +268,7 @@ async fn silence_in_the_middle_of_a_file_ends_the_read() {
     let mut two = Two::new().await;
     let mut reader = two.dial(LinkSettings { silence: Duration::from_millis(100), ..PATIENT }).await;
     let mut caller = two.callers.recv().await.unwrap();
-    let sends = frame::encode(&Answer::Sends(100), MAX_MESSAGE).unwrap();
+    let sends = frame::encode(&Reply::Sends(100), MAX_MESSAGE).unwrap();
     frame::write(&mut caller.stream, &sends, PATIENT.silence).await.unwrap();
     let end = reader.read("short", 0, &mut [0; 100]).await.unwrap_err();
     assert_eq!(end, NotLent::Link(End::Silent));
@@ -282,10 +282,10 @@ fn a_read_has_a_limit_that_grows_with_its_length() {
 
 #[test]
 fn the_form_on_the_wire() {
-    let text = |ask: &Ask| serde_json::to_string(ask).unwrap();
-    assert_eq!(text(&Ask::Open(wanted())), r#"{"open":{"generation":5,"step":12,"of":4}}"#);
+    let text = |ask: &Question| serde_json::to_string(ask).unwrap();
+    assert_eq!(text(&Question::Open(wanted())), r#"{"open":{"generation":5,"step":12,"of":4}}"#);
     let part = Part { file: "a".into(), offset: 1, len: 2 };
-    assert_eq!(text(&Ask::Read(part)), r#"{"read":{"file":"a","offset":1,"len":2}}"#);
-    assert_eq!(serde_json::to_string(&Answer::Refused(Refusal::Over)).unwrap(), r#"{"refused":"over"}"#);
-    assert_eq!(serde_json::to_string(&Answer::Sends(3)).unwrap(), r#"{"sends":3}"#);
+    assert_eq!(text(&Question::Read(part)), r#"{"read":{"file":"a","offset":1,"len":2}}"#);
+    assert_eq!(serde_json::to_string(&Reply::Refused(Refusal::Over)).unwrap(), r#"{"refused":"over"}"#);
+    assert_eq!(serde_json::to_string(&Reply::Sends(3)).unwrap(), r#"{"sends":3}"#);
 }

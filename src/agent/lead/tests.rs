@@ -6,7 +6,8 @@ use super::*;
 use crate::{
     agent::{
         effects::{Answers, Order, channels},
-        generation::{Load, Stopped},
+        generation::{Load, Source, Stopped},
+        phase::Incoming,
         save::{gather::Fetched, slots::Slots, upload::SaveEvent},
         workers::{WorkerEvent, Workers},
     },
@@ -19,6 +20,7 @@ use crate::{
     ids::{Generation, NodeId, NodeRanks, Rank, RunId, Step, WorldSize},
     journal::{Formed, FormedReason, Journal, JournalWriter, Means, RosterEntry, Succession},
     layout,
+    rendezvous::channel::bulk::{Lends, Refusal, Wanted},
     report::{Event as Told, Screen},
     snapshot::{
         cadence::Measured,
@@ -290,4 +292,35 @@ async fn workers_are_heard_before_saves_and_saves_before_the_rest() {
     assert!(matches!(next(&mut answers).await, Event::Save(_)));
     assert!(matches!(next(&mut answers).await, Event::Fetched(_)));
     assert!(matches!(next(&mut answers).await, Event::Retry { .. }));
+}
+
+/// The state that a node of a group has in a slot is its own answer, and others may read it until all have theirs.
+#[tokio::test]
+async fn a_node_that_holds_the_checkpoint_says_so_and_lends_it_until_all_have_it() {
+    for alone in [true, false] {
+        let Stage { mut plan, mut slots, .. } = Stage::new().await;
+        let other = NodeId::random();
+        if !alone {
+            plan.upload.members.push(other.clone());
+        }
+        let from = Source::Slot { slot: 1, files: vec![(0, 10)] };
+        plan.load = Load::Checkpoint { step: Step(4), generation: Generation(1), from };
+        let wanted = Wanted { generation: plan.upload.generation, step: Step(4), of: Generation(1) };
+        let shelf = Arc::clone(slots.shelf());
+        let (senders, _answers) = channels();
+        let (none, events) = (NodeRanks::alone(0), &senders.workers);
+        let workers = Workers::start(&plan.workload, &plan.collectives, none, slots.shared(), events).unwrap();
+        let mut node = Node::begin(&plan, &mut slots, workers).unwrap();
+        let (done, mut heard) = mpsc::unbounded_channel();
+        let incoming = node.load(done).unwrap();
+        if alone {
+            assert!(matches!(incoming, Incoming::Here(1, ..)) && heard.try_recv().is_err());
+            continue;
+        }
+        assert!(matches!(incoming, Incoming::UnderWay(1, _)), "others may still fetch");
+        assert!(matches!(heard.try_recv(), Ok(Ok(Fetched { bytes: 10, stored: 0, lent: 0, .. }))));
+        assert_eq!(shelf.names(&other, &wanted).await, Ok(Vec::new()));
+        assert!(node.perform(Order::Received).is_none());
+        assert_eq!(shelf.names(&other, &wanted).await, Err(Refusal::Over), "captures are next");
+    }
 }

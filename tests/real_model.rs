@@ -152,3 +152,32 @@ fn a_real_model_is_fine_tuned_killed_and_resumed_and_answers_as_transformers_mak
     }
     let _ = real.expect_same_answer("killed", &export);
 }
+
+#[test]
+fn adapters_of_a_real_model_are_killed_resumed_and_merged_as_peft_merges_them() {
+    let Some(real) = Real::new() else { return };
+    let (lab, base) = (&real.lab, real.folder.display().to_string());
+    let text = std::fs::read_to_string(lab.path("run.toml")).expect("read the configuration");
+    lab.write_config("run.toml", &text.replace("[data]", "lora = { rank = 8, alpha = 16 }\n\n[data]"));
+    let faster = ["--set", "train.optimizer.lr=1e-3"];
+    lab.run("whole").args(&faster).finish().expect_code(0);
+    let first = lab.run("killed").args(&faster).start();
+    first.wait_for_step("checkpoint", 2);
+    first.signal(Signal::KILL);
+    first.finish().expect_killed();
+    lab.resume("killed").finish().expect_code(0);
+
+    let folder = |name: &str| lab.path(name).display().to_string();
+    let export = |run: &str, out: &str, more: &[&str]| {
+        lab.about("export", run).args(&["--out", &folder(out)]).args(more).finish().expect_code(0);
+        let file = if more.is_empty() { "adapter_model.safetensors" } else { "model.safetensors" };
+        std::fs::read(lab.path(out).join(file)).expect("read weights")
+    };
+    assert!(export("whole", "one", &[]) == export("killed", "two", &[]), "other adapters after a kill");
+    export("killed", "merged", &["--merge"]);
+    let Some(found) = ask(VERSION_5, &["adapter", &folder("two"), &base, &folder("merged"), PROMPT]) else { return };
+    let differ = |what: &str| found[what].as_f64().expect("a number");
+    assert!(differ("learnt") > 0.01 && differ("peft") < 1e-3 && differ("merged") < 1e-3, "{found}");
+    assert_eq!(found["best"], true, "{found}");
+    assert!(ask(VERSION_5, &["tokenizer", &folder("merged"), &base]).is_some());
+}

@@ -5,12 +5,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use trainer::data::{Dataset, Marks, Split};
 
 use crate::support::{
-    lab::{Lab, data_set},
-    trainer::{Finished, read},
+    lab::{EVERY, Lab, data_set},
+    trainer::{Finished, losses, read},
 };
 
 fn fixture(name: &str) -> PathBuf {
@@ -255,5 +256,30 @@ fn a_run_takes_the_datas_files_along_and_no_other_sequence_length() {
         let life = lab.run("damaged").args(&few).args(&["--set", "data.sequence_length=120"]).finish();
         assert_ne!(life.code(), Some(0));
         life.expect_said(&["train-00000.marks", said]);
+    }
+}
+
+#[test]
+fn a_run_over_chats_is_killed_and_resumed_to_the_last_digit_on_ranks_with_unequal_targets() {
+    let model = Model::new("chatml");
+    let chats = String::from_utf8(read(&model.lab.path("chats.jsonl"))).expect("text");
+    model.write("chats.jsonl", (0..40).map(|number| chats.replace('?', &format!(" {number}?"))).collect::<String>());
+    let lab = &model.lab;
+    model.prepare("chats.jsonl", "out", &CHAT).expect_code(0);
+    let uri = format!("file://{}", lab.path("out").display());
+    let text = lab.config("").replace(&format!("file://{}", data_set().display()), &uri);
+    lab.write_config("run.toml", &text.replace("sequence_length = 32", "sequence_length = 120"));
+    for strategy in ["ddp", "zero1"] {
+        let (whole, killed) = (format!("{strategy}-whole"), format!("{strategy}-killed"));
+        let set = format!("parallel.strategy={strategy}");
+        let undisturbed = lab.run(&whole).args(&["--set", &set]).finish().expect_code(0);
+        let first = lab.run(&killed).args(&["--set", &set]).hold_after(EVERY + 1).start();
+        first.wait_for_step("checkpoint", EVERY);
+        first.signal(Signal::KILL);
+        let first = first.finish().expect_killed();
+        let second = lab.resume(&killed).finish().expect_code(0);
+        assert!(second.resumed_from() >= EVERY, "{}", second.story());
+        assert_eq!(losses(&[&first, &second]), losses(&[&undisturbed]), "{strategy}");
+        assert!(lab.export(&whole) == lab.export(&killed), "{strategy}: other weights after a kill");
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! Stored layout: `model.safetensors` (all weights in one file, tensors in [`header::file_order`]), or
 //! `adapter_model.safetensors` with all adapters and `adapter_config.json`; `config.json`, `tokenizer.json`,
-//! `generation_config.json` and the tokenizer's other files, all but the first only if the checkpoint has them. The
-//! bytes depend on the weights alone: checkpoints of equal weights give equal files, whatever the world size that wrote
+//! `generation_config.json` and the tokenizer's other files, all but the first only if the checkpoint has them; the
+//! weights of a program's own task have `task.json` instead of all of these. The bytes depend on the weights alone: checkpoints of equal weights give equal files, whatever the world size that wrote
 //! them.
 //!
 //! Shards are read from start to end in parts; each part is summed, and its tensors' bytes go to their places in the
@@ -38,7 +38,7 @@ use crate::{
 /// Small files that make weights a model, in the order in which they are written.
 fn small_names() -> impl Iterator<Item = &'static str> {
     let last = [layout::TOKENIZER, layout::GENERATION_CONFIG, layout::ADAPTER_CONFIG, layout::MODEL_CONFIG];
-    layout::TOKENIZER_FILES.into_iter().chain(last)
+    layout::TOKENIZER_FILES.into_iter().chain(last).chain([layout::TASK])
 }
 
 /// The destination of an export.

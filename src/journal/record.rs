@@ -17,7 +17,7 @@ use crate::{
 
 /// The highest version of the layout that is read. Each record is written in the lowest version that can hold it
 /// ([`Record::format`]), so that an older program reads a journal up to the first record that is new to it.
-pub const FORMAT: u32 = 5;
+pub const FORMAT: u32 = 6;
 
 /// The longest record that is accepted or written: the first one carries the configuration and a model's `config.json`.
 pub const MAX_ENTRY: u64 = 4 << 20;

@@ -116,11 +116,16 @@ fn it_learns_and_its_export_opens() {
     ];
     assert_eq!(found, expected.map(|(name, shape)| (name.to_owned(), shape)).into());
     let task: Value = serde_json::from_slice(&read(&out.join("task.json"))).expect("JSON");
-    assert_eq!((&task["name"], &task["version"], &task["settings"]["pictures"]), (&json!("shapes"), &json!(1), &json!(90)));
+    assert_eq!(
+        (&task["name"], &task["version"], &task["settings"]["pictures"]),
+        (&json!("shapes"), &json!(1), &json!(90))
+    );
     // Defaults are stored, too: a later program may have others.
     assert_eq!((&task["settings"]["channels"], &task["settings"]["shapes"]), (&json!(8), &Value::Null));
-    let mut names: Vec<String> =
-        std::fs::read_dir(&out).expect("a folder").map(|it| it.expect("a file").file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = std::fs::read_dir(&out)
+        .expect("a folder")
+        .map(|it| it.expect("a file").file_name().into_string().unwrap())
+        .collect();
     names.sort();
     assert_eq!(names, ["model.safetensors", "task.json"]);
 
@@ -128,7 +133,11 @@ fn it_learns_and_its_export_opens() {
         own.about(command, "learns").finish().expect_code(0);
     }
     let status = own.about("status", "learns").finish().expect_code(0);
-    assert!(status.stdout.contains("shapes, version 1") && status.stdout.contains("30 samples a step"), "{}", status.story());
+    assert!(
+        status.stdout.contains("shapes, version 1") && status.stdout.contains("30 samples a step"),
+        "{}",
+        status.story()
+    );
     let doctor = own.command(&["doctor", "shapes.toml"]).finish();
     assert!(doctor.stdout.contains("shapes version 1: 90 samples, 60 held out, 1683 parameters"), "{}", doctor.story());
 }
@@ -215,7 +224,8 @@ fn other_programs_are_refused_by_name() {
     own.run("own", &["train.steps=4"]).finish().expect_code(0);
     // The ordinary program: it reads what is stored, and trains none of it.
     let ordinary = own.lab.resume("own").args(&set(&["train.steps=6"])).finish().expect_code(78);
-    let ordinary = ordinary.expect_said(&["the run trains task shapes (version 1)", "this program trains language models"]);
+    let ordinary =
+        ordinary.expect_said(&["the run trains task shapes (version 1)", "this program trains language models"]);
     ordinary.expect_said(&["hint: give the same arguments to the program that was built for task shapes"]);
     own.lab.write_config("run.toml", &own.config(""));
     own.lab.run("new").finish().expect_code(78).expect_said(&["the run trains task shapes, and this program"]);
@@ -224,14 +234,20 @@ fn other_programs_are_refused_by_name() {
     assert!(!own.lab.export("own").is_empty());
 
     let later = own.resume("own", &["train.steps=6"]).envs(&[("TRAINER_TESTS_VERSION", "2".into())]);
-    later.finish().expect_code(78).expect_said(&["task shapes (version 1), and this program trains task shapes (version 2)"]);
+    later
+        .finish()
+        .expect_code(78)
+        .expect_said(&["task shapes (version 1), and this program trains task shapes (version 2)"]);
 
     // What is for language models alone.
     for (life, said) in [
         (own.about("generate", "own").args(&["--prompt", "x"]).finish(), "\"shapes\", which is no language model"),
         (own.about("export", "own").args(&["--merge", "--out", "x"]).finish(), "no adapters to merge"),
         (own.run("lora", &["model.lora.rank=4"]).finish(), "model.lora.rank is a setting of language models"),
-        (own.command(&["data", "prepare", "--input", "x", "--tokenizer", "train:300", "--out", "y"]).finish(), "shapes"),
+        (
+            own.command(&["data", "prepare", "--input", "x", "--tokenizer", "train:300", "--out", "y"]).finish(),
+            "shapes",
+        ),
     ] {
         assert!([64, 78].contains(&life.code().unwrap_or(0)), "{}", life.story());
         life.expect_said(&[said, "hint: "]);
@@ -277,7 +293,8 @@ fn an_error_and_a_panic_of_the_task_are_told_with_worker_and_step() {
         assert!(life.code().is_some_and(|code| code != 0), "{}", life.story());
         let done = losses(&[&life]).len();
         assert!(done < 10, "{}", life.story());
-        let what = if panics { "panicked as it should make a batch: picture 7 is damaged" } else { "picture 7 is damaged" };
+        let what =
+            if panics { "panicked as it should make a batch: picture 7 is damaged" } else { "picture 7 is damaged" };
         let step = format!("step {}", done + 1);
         assert!(life.stderr.contains(what) && life.stderr.contains(&step), "{step}\n{}", life.story());
         let error = life.stderr.lines().find(|line| line.starts_with("error: ")).unwrap_or_default();

@@ -140,7 +140,8 @@ impl Data {
 impl Prepare {
     fn execute(self, screen: &Screen) -> Result<ExitCode> {
         if let Some(task) = task::registered() {
-            let what = format!("data prepare makes tokens for language models, and this program trains the task {task}");
+            let what =
+                format!("data prepare makes tokens for language models, and this program trains the task {task}");
             return Err(Error::new(Kind::Usage, what)
                 .with_hint("a task makes its own batches; give the same arguments to `trainer` itself for tokens"));
         }

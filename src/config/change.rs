@@ -3,8 +3,9 @@
 use toml::Value;
 
 use super::{
-    ALL_LINEAR, CheckpointConfig, ConfigError, DataConfig, Keep, ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete,
-    OptimizerConfig, ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainTask,
+    ALL_LINEAR, CheckpointConfig, ConfigError, DataConfig, Keep, ModelConfig, ModelKind, NetworkConfig, NoticeConfig,
+    OnComplete, OptimizerConfig, ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig,
+    TrainTask,
     error::Origin,
     own,
     raw::Raw,
@@ -48,7 +49,9 @@ pub fn effect(key: &str) -> Effect {
         "data.tokenizer" => Effect::Free,
         "task.name" => Effect::Fixed("the checkpoints' tensors belong to this task"),
         _ if key.starts_with("model.") => Effect::Fixed("the checkpoints' tensors belong to this model"),
-        _ if ["task.", "data.", "train.", "parallel."].iter().any(|section| key.starts_with(section)) => Effect::Mathematical,
+        _ if ["task.", "data.", "train.", "parallel."].iter().any(|section| key.starts_with(section)) => {
+            Effect::Mathematical
+        }
         _ => Effect::Free,
     }
 }

@@ -22,7 +22,10 @@ pub(super) fn task(raw: &Raw) -> Result<Option<OwnTask>, ConfigError> {
         return if settings.is_empty() {
             Ok(None)
         } else {
-            Err(ConfigError::Missing { key: "task.name", remedy: "task.settings are those of the task it names".into() })
+            Err(ConfigError::Missing {
+                key: "task.name",
+                remedy: "task.settings are those of the task it names".into(),
+            })
         };
     }
     if !is_name(name) {
@@ -161,7 +164,10 @@ mod tests {
             let error = load_text(lines).unwrap_err().to_string();
             assert!(error.contains(said), "{lines}: {error}");
         }
-        assert!(load_text("task.name = 'x'\ndata.validation_every = 4").is_ok(), "held-out samples are the task's, too");
+        assert!(
+            load_text("task.name = 'x'\ndata.validation_every = 4").is_ok(),
+            "held-out samples are the task's, too"
+        );
     }
 
     #[test]
@@ -180,7 +186,10 @@ mod tests {
         let changed = apply_overrides(&stored, &overrides).unwrap();
         assert_eq!(apply_overrides(&stored, &kept).unwrap(), changed);
         let task = changed.workload.model.task().unwrap();
-        assert_eq!((task.version, &task.settings["data"]["folder"], &task.settings["hidden"]), (7, &"there".into(), &8.into()));
+        assert_eq!(
+            (task.version, &task.settings["data"]["folder"], &task.settings["hidden"]),
+            (7, &"there".into(), &8.into())
+        );
         assert_eq!(effect(SETTINGS), Effect::Mathematical);
         for (key, value) in [("task.name", "other"), ("model.lora.rank", "4"), ("data.train", "x")] {
             assert!(apply_overrides(&stored, &set(key, value)).is_err(), "{key}");

@@ -122,7 +122,8 @@ impl Explain for ModelError {
                 Some(format!("use a config.json whose \"architectures\" is one of {}", families::names()))
             }
             Self::Task { .. } => Some(
-                "generate, data prepare and LoRA are for language models; trainer export writes a task's weights".into(),
+                "generate, data prepare and LoRA are for language models; trainer export writes a task's weights"
+                    .into(),
             ),
             Self::Torch { .. } if self.out_of_memory() => {
                 Some("lower train.max_micro_batch: --set train.max_micro_batch=N".into())

@@ -164,7 +164,8 @@ impl Named {
     pub fn nothing(&self, parameters: &Parameters<'_>) -> Result<Tensor, tch::TchError> {
         let trained = self.parameters.iter().zip(&parameters.tensors).filter(|(own, _)| own.leaf().is_some());
         let zero = Tensor::f_zeros([], (Kind::Float, self.device))?;
-        let sum = trained.map(|(_, tensor)| tensor).try_fold(zero, |sum, tensor| sum.f_add(&tensor.f_sum(Kind::Float)?));
+        let sum =
+            trained.map(|(_, tensor)| tensor).try_fold(zero, |sum, tensor| sum.f_add(&tensor.f_sum(Kind::Float)?));
         sum?.f_mul_scalar(0.0)
     }
 }

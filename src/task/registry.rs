@@ -241,4 +241,3 @@ pub(super) fn open_for_test(task: impl Task, settings: Value) -> Result<Opened, 
     let wanted = OwnTask { name: Task::name(&task).to_owned(), version: 0, settings };
     open_by(Some(&task), &wanted)
 }
-

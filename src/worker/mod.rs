@@ -177,7 +177,8 @@ impl Worker {
     /// The validation loss over this rank's share; abandoned at once when the run is to end early.
     fn evaluate(&mut self, gate: &StepGate) -> Result<()> {
         let (step, last) = (self.done, self.last);
-        let measured = self.training.evaluate(|| gate.is_ending(step) && step < last).map_err(|error| at(step, error))?;
+        let measured =
+            self.training.evaluate(|| gate.is_ending(step) && step < last).map_err(|error| at(step, error))?;
         if let Some(HeldOut { loss_sum, targets }) = measured {
             self.link.tell(&FromWorker::Validated { step, loss_sum, targets });
         }

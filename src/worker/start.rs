@@ -28,8 +28,8 @@ use crate::{
     protocol::{Assignment, BASE_FD, FromWorker, SLOT_FDS, SaveOrder, ToWorker},
     random::mix,
     snapshot::{capture::Capture, image::SharedImage, plan::ImagePlan},
-    torch::{self, Backend, HostCopier, ProcessGroup},
     task,
+    torch::{self, Backend, HostCopier, ProcessGroup},
     train::{Batches, Built, Language, Lesson, Own, Place, state::State, strategy::Peers},
 };
 

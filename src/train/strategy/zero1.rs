@@ -126,7 +126,11 @@ fn share(
 }
 
 /// Lets the model compute with `views`, one for each trained parameter; frozen ones stay as they are.
-fn replace_trained(model: &mut dyn Leaves, precision: Precision, mut views: impl Iterator<Item = Tensor>) -> Result<()> {
+fn replace_trained(
+    model: &mut dyn Leaves,
+    precision: Precision,
+    mut views: impl Iterator<Item = Tensor>,
+) -> Result<()> {
     let mut weights = Vec::with_capacity(model.parameters().len());
     for parameter in model.parameters() {
         // A model whose parameters have no views keeps them, and `State::new` refuses it.

@@ -55,7 +55,7 @@ fn first_step(run: &Run, group: Option<ProcessGroup>) -> (f64, f64, Vec<f32>) {
         .leaves()
         .parameters()
         .iter()
-        .filter_map(model::Parameter::leaf)
+        .filter_map(crate::model::Parameter::leaf)
         .map(|leaf| Vec::try_from(leaf.grad().flatten(0, -1)).unwrap())
         .collect();
     let Place { rank, world, .. } = training.place;

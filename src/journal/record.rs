@@ -91,7 +91,8 @@ pub enum Record {
     Created {
         /// The run's own id, so that a copied journal can't pass for another run.
         run_id: RunId,
-        /// The resolved configuration. Since format 5 it may have adapters, with the files of their base.
+        /// The resolved configuration. Since format 5 it may have adapters, with the files of their base; since format
+        /// 6 a program's own task.
         config: Box<RunConfig>,
     },
     /// A group of nodes exists. Written before the resume point is used.
@@ -515,8 +516,8 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_named_whatever_else_it_holds() {
-        let error = Entry::decode(br#"{"format":6,"something":"else"}"#).unwrap_err();
-        assert_eq!(error, InvalidEntry::Newer { found: 6 });
+        let error = Entry::decode(br#"{"format":7,"something":"else"}"#).unwrap_err();
+        assert_eq!(error, InvalidEntry::Newer { found: 7 });
     }
 
     #[test]

@@ -24,7 +24,7 @@ struct Settings {
     /// Channels of the first layer; the second has twice as many.
     channels: u64,
     /// Noise in every pixel, drawn anew whenever a picture is seen.
-    noise: f32,
+    noise: f64,
     dropout: f64,
     /// A file that lists the shapes to draw, one a line, by its absolute path; none: all of them.
     shapes: Option<PathBuf>,
@@ -148,7 +148,7 @@ impl Pictures {
 }
 
 /// Adds the pixels of one picture, row by row.
-fn draw(shape: usize, place: &mut Random, grain: &mut Random, noise: f32, pixels: &mut Vec<f32>) {
+fn draw(shape: usize, place: &mut Random, grain: &mut Random, noise: f64, pixels: &mut Vec<f32>) {
     let (x, y, size) = (4.0 + 3.0 * place.next(), 4.0 + 3.0 * place.next(), 2.5 + 1.5 * place.next());
     for row in 0..SIDE {
         for column in 0..SIDE {
@@ -158,7 +158,7 @@ fn draw(shape: usize, place: &mut Random, grain: &mut Random, noise: f32, pixels
                 1 => (dx.max(dy) - size).abs() < 0.7,
                 _ => dx.min(dy) < 0.7 && dx.max(dy) < size,
             };
-            pixels.push(if is_ink { 1.0 } else { 0.0 } + noise * (2.0 * grain.next() - 1.0));
+            pixels.push(if is_ink { 1.0 } else { 0.0 } + noise as f32 * (2.0 * grain.next() - 1.0));
         }
     }
 }

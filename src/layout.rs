@@ -12,8 +12,7 @@
 //!      config.json  tokenizer.json  generation_config.json
 //!      tokenizer_config.json, and other files of a tokenizer where the run's weights came with them
 //!      adapter_model.safetensors            adapter_config.json, instead of all weights, where adapters are trained
-//!      task.json                            instead of config.json and all of a tokenizer, where a program's own task is
-//!                                           trained
+//!      task.json                            instead of config.json and a tokenizer, where a program's task is trained
 //!      optimizer-00001-of-00004.safetensors trainer_state.json  receipt-<node-id>.json  manifest.json
 //! ```
 //! Numbers are padded so that listings read well, but they are compared as numbers: padding is not a limit.

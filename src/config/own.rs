@@ -77,7 +77,11 @@ pub(super) fn reread(raw: &Raw, model: &ModelConfig) -> Result<ModelConfig, Conf
         let what = format!("{key} is a setting of language models, and this run trains the task {:?}", task.name);
         return Err(ConfigError::Together(what));
     }
-    Ok(ModelConfig::of_task(&OwnTask { settings: Json::Object(to_json(raw.table(SETTINGS)?)), ..task }))
+    // Only what is changed goes through TOML, which lacks some of JSON's values.
+    let (stored, mut settings) = (to_toml(&task.settings), task.settings.as_object().cloned().unwrap_or_default());
+    let changed = raw.table(SETTINGS)?.iter().filter(|(key, value)| stored.get(*key) != Some(value));
+    settings.extend(to_json(&changed.map(|(key, value)| (key.clone(), value.clone())).collect()));
+    Ok(ModelConfig::of_task(&OwnTask { settings: Json::Object(settings), ..task }))
 }
 
 /// Passes on every text in a table.
@@ -174,7 +178,7 @@ mod tests {
     fn settings_survive_the_journal_and_change_one_by_one() {
         let mut config = load_text(TASK).unwrap();
         let mut task = config.workload.model.task().unwrap();
-        (task.version, task.settings["no"]) = (7, Json::Null);
+        (task.version, task.settings["large"]) = (7, serde_json::json!([null, u64::MAX]));
         config.workload.model = ModelConfig::of_task(&task);
         let stored: RunConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(stored, config);
@@ -190,6 +194,7 @@ mod tests {
             (task.version, &task.settings["data"]["folder"], &task.settings["hidden"]),
             (7, &"there".into(), &8.into())
         );
+        assert_eq!(task.settings["large"], serde_json::json!([null, u64::MAX]), "no value of JSON is lost");
         assert_eq!(effect(SETTINGS), Effect::Mathematical);
         for (key, value) in [("task.name", "other"), ("model.lora.rank", "4"), ("data.train", "x")] {
             assert!(apply_overrides(&stored, &set(key, value)).is_err(), "{key}");

@@ -4,7 +4,7 @@
 //! results go:
 //!
 //! ```text
-//! build      lesson (model, data) ──► strategy lays out the state ──► Built { state }                       (no peers yet)
+//! build      lesson (model, data) ──► strategy lays out the state ──► Built { state }         (no peers yet)
 //! start      peers ──► Training
 //! step k     forward_backward: batch → passes, gradients reduced behind the last    │ the state is still that of k-1
 //!            update: norm → clip → optimizer → exchange of weights                  │ the state changes

@@ -20,6 +20,7 @@ mod start;
 use std::{
     process::ExitCode,
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -52,10 +53,17 @@ pub fn main() -> Result<ExitCode> {
                 && !is_out_of_memory(&error.to_string());
             let hint = error.hint().map(str::to_owned);
             link.tell(&FromWorker::Failed { message: error.to_string(), hint, permanent });
+            if error.comes_of::<TaskError>() {
+                // Its peers would say that it has gone, and the agent might hear them first. The agent ends it.
+                thread::park_timeout(HEARD);
+            }
             link::leave()
         }
     }
 }
+
+/// How long a worker whose task has failed stays, unless its agent ends it sooner: until its reason has been heard.
+const HEARD: Duration = Duration::from_secs(2);
 
 /// The result of a worker's train loop: it ends only with the process, or with an error.
 enum Never {}

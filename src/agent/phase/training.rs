@@ -311,7 +311,10 @@ impl Training {
             None => return Continue(None),
             Some(Ok(progress)) => progress,
             // Snapshots captured before are good: they are committed first.
-            Some(Err(Diverged { step, reason })) => return Continue(Some(Cause::Diverged { step, reason })),
+            Some(Err(Diverged { step, reason })) => {
+                self.scheduler.condemn(step);
+                return Continue(Some(Cause::Diverged { step, reason }));
+            }
         };
         let Progress { step, step_s, .. } = progress;
         self.ledger.finished(step, progress.figures());

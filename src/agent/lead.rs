@@ -27,6 +27,7 @@ use super::{
     phase::Event,
     save::{
         fault::{Consequence, Group, Reason, Standing, Tally},
+        holdup::HoldUp,
         ledger::Transfer,
         upload::{self, SaveEvent, Snapshot},
     },
@@ -42,6 +43,9 @@ use crate::{
 
 /// How long the end of a generation waits for the records of notices, which yield to all others.
 const NOTED: Duration = Duration::from_secs(1);
+
+/// How long the store may take to say that it is there.
+const THERE: Duration = Duration::from_secs(10);
 
 /// The save under way.
 struct Saving {
@@ -91,6 +95,10 @@ pub struct Lead<'a> {
     /// Whose saves fail; `None`: the run has one node.
     group: Option<Group>,
     tally: Tally,
+    /// The last save of a group that was asked to stop.
+    holdup: HoldUp,
+    /// The question whether the store is there, if it is asked.
+    asking: Option<AbortHandle>,
     /// This node's saves fail, and others' do not.
     hands_over: Option<String>,
     /// This node's workers have ended the group again and again: it leaves.
@@ -128,6 +136,8 @@ impl<'a> Lead<'a> {
             others,
             group,
             tally: Tally::default(),
+            holdup: HoldUp::default(),
+            asking: None,
             hands_over: None,
             blamed: None,
             killed: false,
@@ -178,6 +188,35 @@ impl<'a> Lead<'a> {
         self.obey(verdict, why)
     }
 
+    /// How far the save under way has come.
+    pub fn follow_the_save(&mut self, event: &SaveEvent) {
+        match event {
+            SaveEvent::Progress { bytes, .. } => self.holdup.sent(*bytes, self.began.elapsed()),
+            SaveEvent::Ended { result, .. } if result.is_ok() => self.holdup.saved(),
+            SaveEvent::Ended { .. } => {}
+        }
+    }
+
+    /// A look at the last save of a group that was asked to stop, and waits for it for `limit`. Whether some nodes hold
+    /// it up is answered later, by [`Event::HeldUp`]: the store may be away for all.
+    pub fn look_at_the_last_save(&mut self, limit: Duration) {
+        let (Some(group), Some(saving), false) = (&self.group, &self.saving, self.others.has_lost()) else { return };
+        let standing = saving.standing.borrow().clone();
+        let Some(after_s) = self.holdup.look(&standing, group, self.began.elapsed(), limit) else { return };
+        if self.asking.as_ref().is_some_and(|asking| !asking.is_finished()) {
+            return;
+        }
+        let (journal, later) = (self.start.upload.journal.clone(), self.senders.later.clone());
+        let blames_itself = self.holdup.suspects().missing.contains(&self.start.upload.node);
+        let asking = tokio::spawn(async move {
+            let there = blames_itself || matches!(tokio::time::timeout(THERE, journal.refresh()).await, Ok(Ok(_)));
+            if there {
+                let _ = later.send(Event::HeldUp { after_s });
+            }
+        });
+        self.asking = Some(asking.abort_handle());
+    }
+
     /// Carries out a verdict, with the reason for each node.
     fn obey(&mut self, verdict: Consequence, why: impl Fn(&Tally, &NodeId) -> String) -> Vec<Event> {
         match verdict {
@@ -226,7 +265,10 @@ impl<'a> Lead<'a> {
         self.node.gives_up_save();
         let message = format!("a save that was to be finished did not end in {after_s} s, and was given up");
         self.reporter.event(&report::Event::Warning { message });
-        let standing = saving.standing.borrow().clone();
+        let mut standing = saving.standing.borrow().clone();
+        if !self.holdup.suspects().missing.is_empty() {
+            standing = self.holdup.suspects();
+        }
         if let Some(group) = self.group.as_ref().filter(|_| !self.others.has_lost()) {
             let verdict = group.given_up(&standing);
             // The generation ends anyway.
@@ -282,6 +324,7 @@ impl<'a> Lead<'a> {
     /// once: nobody puts anything.
     fn upload(&mut self, transfer: Transfer) -> Result<Option<Event>> {
         let Transfer { step, slot, figures, validation_loss, cost, taken, priority } = transfer;
+        self.holdup.begins(step);
         let (index, mut expected) = self.node.outline()?;
         let small = self.start.workload.small_files(step, index)?;
         expected.extend(small.iter().map(|(name, _)| name.clone()));
@@ -361,7 +404,8 @@ impl<'a> Lead<'a> {
         if let Some(why) = &self.blamed {
             self.others.hands_over(why);
         }
-        self.others.over(parting.dismisses, ends_the_run);
+        // Whoever leads next records the end of the run: this node can't, if it hands over.
+        self.others.over(parting.dismisses, ends_the_run && self.hands_over.is_none());
         let gone = self.node.ends_workers(parting.dismisses);
         if parting.leaves_rest {
             let leaving = tokio::spawn(gone);

@@ -37,6 +37,7 @@ pub(crate) mod generation;
 pub(crate) mod group;
 mod lead;
 mod node;
+mod pace;
 mod phase;
 pub(crate) mod restart;
 mod save;

@@ -299,7 +299,8 @@ fn points_of_the_source() -> BTreeSet<String> {
 }
 
 /// Points at which nothing is half done: tests let a node wait, differ or compute wrongly there.
-const SWITCHES: [&str; 9] = [
+const SWITCHES: [&str; 10] = [
+    "node.kind",
     "node.patient",
     "node.version",
     "pace.hasty",

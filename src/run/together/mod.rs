@@ -150,9 +150,14 @@ impl Runner {
                 .with_hint("allow TCP between the run's machines, or set network.address to an address that they share")
         })?;
         let workers = self.resolved.workload.workers();
-        let kind = kind::of_this_machine(self.resolved.config.workload.parallel.device);
+        let mut kind = kind::of_this_machine(self.resolved.config.workload.parallel.device);
+        // Nor another machine.
+        if faults::check("node.kind", At::default()).is_err() {
+            kind.push_str(", another one");
+        }
         let key = me.identity.key().clone();
-        let myself = Myself { node: self.node.clone(), address, key, workers, kind };
+        let program = me.version.clone();
+        let myself = Myself { node: self.node.clone(), address, key, workers, kind, program };
         let group = myself.group(Role::Waiting, self.run.is_local(), Vec::new(), false);
         faults::check("seat.before-beat", At::default())
             .map_err(|fault| Error::from_source(Kind::Unavailable, fault))?;

@@ -311,7 +311,7 @@ pub async fn run(
             }
             word = next_word(&mut company) => lead.hear(word).into(),
             _ = tick.tick() => {
-                if let Some(limit) = machine.waits_for_its_last_save() {
+                if let Some(limit) = machine.waits_for_its_last_save(began.elapsed()) {
                     lead.look_at_the_last_save(limit);
                 }
                 let late = began.elapsed() > FORMING;
@@ -323,8 +323,10 @@ pub async fn run(
             if let (Event::Save(SaveEvent::Ended { result: Ok(_), .. }), Some(saves)) = (&event, &saves) {
                 let _ = saves.send(());
             }
-            if let Event::Save(event) = &event {
-                lead.follow_the_save(event);
+            match &event {
+                Event::Save(event) => lead.follow_the_save(event),
+                Event::Notice(notice) if notice.kind != notice::Kind::Rebalance => lead.is_asked(),
+                _ => {}
             }
             let ended = lead.judge(&event, machine.trains());
             match lead.perform(machine.handle(event, began.elapsed())) {

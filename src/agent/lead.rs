@@ -37,6 +37,7 @@ use crate::{
     error::Result,
     ids::{AttemptId, NodeId},
     journal::{Record, SaveCost, Urgency},
+    protocol::ToWorker,
     report::{self, Reporter},
     snapshot::mode::{CaptureMode, Choice},
 };
@@ -105,6 +106,10 @@ pub struct Lead<'a> {
     blamed: Option<String>,
     /// The workers were killed.
     killed: bool,
+    /// When all ranks were asked to hold, until they go on.
+    frozen: Option<Instant>,
+    /// When somebody asked the group to stop, until its last step is agreed.
+    asked: Option<Instant>,
     reporter: &'a Reporter,
     retention: Retention,
     /// The look at the journal, if one is under way.
@@ -141,6 +146,8 @@ impl<'a> Lead<'a> {
             hands_over: None,
             blamed: None,
             killed: false,
+            frozen: None,
+            asked: None,
             reporter,
             retention,
             looking,
@@ -247,6 +254,28 @@ impl<'a> Lead<'a> {
         self.blamed = Some(why);
     }
 
+    /// Somebody asks the group to stop.
+    pub fn is_asked(&mut self) {
+        self.asked.get_or_insert_with(Instant::now);
+    }
+
+    /// Writes to the log how long ranks were held, and how long it took to agree on the last step.
+    fn times(&mut self, order: &Order) {
+        let ms = |since: Instant| since.elapsed().as_secs_f64() * 1e3;
+        match order {
+            Order::TellAll(ToWorker::Freeze { .. }) => self.frozen = Some(Instant::now()),
+            Order::TellAll(ToWorker::Thaw { stop_after, .. }) => {
+                if let Some(since) = self.frozen.take() {
+                    tracing::debug!(held_ms = ms(since), "all ranks were held between two steps");
+                }
+                if let (Some(step), Some(since)) = (stop_after, self.asked.take()) {
+                    tracing::debug!(%step, agreed_ms = ms(since), "all ranks stop after this step");
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// Whether the workers were killed.
     pub const fn has_killed(&self) -> bool {
         self.killed
@@ -290,6 +319,7 @@ impl<'a> Lead<'a> {
         match effect {
             Effect::Nodes(order) => {
                 self.killed |= matches!(order, Order::Kill);
+                self.times(&order);
                 self.others.order(&order);
                 return self.node.perform(order).and_then(|answer| self.others.own(answer));
             }

@@ -391,11 +391,12 @@ impl StateMachine {
     }
 
     /// How long a group that was asked to stop waits for a node that holds up its last save; `None`: it was not asked,
-    /// it is not that far, or it is of one node.
-    pub fn waits_for_its_last_save(&self) -> Option<Duration> {
+    /// it is not that far, it is of one node, or a deadline says it. `now`: since the generation began.
+    pub fn waits_for_its_last_save(&self, now: Moment) -> Option<Duration> {
         let Phase::Draining(Draining { training, .. }) = &self.phase else { return None };
         let Settings { seats, finishing, .. } = &self.shared.settings;
-        let waits = seats.are_several() && training.scheduler.has_ended();
+        let is_free = training.timeline.left_s(now).is_none();
+        let waits = seats.are_several() && is_free && training.scheduler.has_ended();
         waits.then(|| finish::limit(*finishing, &self.shared.estimates, training.bytes()))
     }
 

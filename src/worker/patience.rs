@@ -195,8 +195,8 @@ mod tests {
     fn the_first_step_has_the_leaders_limit_and_the_next_ones_that_of_the_slowest_so_far() {
         let mut patience = Patience::new(true, FIRST, false);
         assert_eq!((patience.limit(), patience.change(Step)), (FIRST, None));
-        patience.step(9.0, Step);
-        assert_eq!(seconds(patience.change(Step)), Some(180));
+        patience.step(5.0, Step);
+        assert_eq!(seconds(patience.change(Step)), Some(100));
         (0..ENOUGH - 2).for_each(|_| patience.step(0.1, Step));
         assert_eq!(patience.change(Step), None, "the first one still counts");
         patience.step(0.1, Step);

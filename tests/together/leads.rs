@@ -138,9 +138,10 @@ fn a_drain_does_not_wait_for_a_node_that_is_cut_off() {
     leader.let_go();
     let lives = [leader, other].map(|node| node.finish().expect_code(76));
     drop(ways);
-    let cut_off = cut_off.finish().expect_code(76);
+    // It may not have heard of the newest checkpoint.
+    cut_off.finish().expect_code(76);
     let stopped = lives[0].last("interrupted").step().expect("a step");
-    for life in lives.iter().chain([&cut_off]) {
+    for life in &lives {
         assert_eq!(life.last("interrupted").value["lost_steps"].as_u64(), Some(stopped - SAVED), "{}", life.story());
         assert_eq!(life.of_kind("formed").len(), 1, "{}", life.story());
     }

@@ -107,6 +107,15 @@ pub fn trace(node: &NodeId, generation: Generation, rank: Rank) -> String {
     format!("{NODES}/{node}/trace-g{:04}-r{:05}", generation.get(), rank.get())
 }
 
+/// The generation whose ranks a trace is of; `None` for any other key.
+pub fn trace_generation(key: &str) -> Option<Generation> {
+    let (node, name) = key.strip_prefix(NODES)?.strip_prefix('/')?.split_once('/')?;
+    let (generation, rank) = name.strip_prefix("trace-g")?.split_once("-r")?;
+    let generation = Generation(generation.parse().ok()?);
+    let key_is_ours = trace(&NodeId::new(node).ok()?, generation, Rank(rank.parse().ok()?)) == key;
+    key_is_ours.then_some(generation)
+}
+
 /// The node of a heartbeat's key; `None` for anything else.
 pub fn heartbeat_node(key: &str) -> Option<NodeId> {
     let name = key.strip_prefix(NODES)?.strip_prefix('/')?.strip_suffix(".json")?;

@@ -51,6 +51,8 @@ pub enum ToWorker {
     Go {
         /// Saves already decided.
         saves: Vec<SaveOrder>,
+        /// How long ranks of several nodes wait for each other in their first step, seconds.
+        first_s: u64,
     },
     /// Hold at the next step boundary and report the last step started; see [`crate::worker::gate`].
     Freeze {

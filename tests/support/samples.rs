@@ -279,6 +279,7 @@ pub fn heartbeat_in_group() -> Heartbeat {
         state: State::CutOff,
         kind: "NVIDIA H200".into(),
         workers: 8,
+        program: String::new(),
         unreachable: vec![node()],
         left: true,
     };

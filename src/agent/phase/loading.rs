@@ -90,7 +90,7 @@ impl Loading {
             }
             Event::Fetched(Err(error)) => return Break(Err(Error::from(error).context("restore"))),
             // Nothing has been captured.
-            Event::Save(_) | Event::Retry { .. } => {}
+            Event::Save(_) | Event::Retry { .. } | Event::HeldUp { .. } => {}
             Event::Lost(error) => return Break(Err(error)),
             Event::Tick => turn.looks_at_the_journal(),
         }
@@ -206,6 +206,7 @@ impl Loading {
         }
         let settings = &turn.shared.settings;
         let outline = settings.outline;
+        let (world, least) = (WorldSize(outline.workers), settings.first_step);
         let setup = Setup {
             ranks: outline.workers,
             done,
@@ -217,7 +218,8 @@ impl Loading {
         let mut scheduler = Scheduler::new(setup, settings.measured, now);
         let saves = scheduler.first_orders(now);
         turn.does(Effect::Busy(false));
-        turn.tell_all(ToWorker::Go { saves });
+        let first_s = turn.shared.estimates.pace.begins(world, least).as_secs();
+        turn.tell_all(ToWorker::Go { saves, first_s });
         let training = Training::begin(outline, scheduler, Ledger::begin(now), bytes, now);
         Continue(match self.said {
             None => Phase::Training(training),

@@ -115,6 +115,7 @@ fn settings(load: Load) -> Settings {
         seats: Seats::new(node("leader"), ranks(0), &[(node("member"), ranks(1))]),
         doubted: false,
         finishing: crate::agent::finish::FINISHING,
+        first_step: crate::agent::pace::LEAST,
     }
 }
 

@@ -12,6 +12,7 @@ mod dataset;
 mod doctor;
 mod deadline;
 mod doubt;
+mod exports;
 mod fleet;
 mod formats;
 mod freeze_model;

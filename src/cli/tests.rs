@@ -49,7 +49,8 @@ trainer verify: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --all -
 trainer drain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --no-wait --json
 trainer wake: --group (TRAINER_GROUP) --region --queue (TRAINER_QUEUE) --machines --release --json
 trainer stop: --group (TRAINER_GROUP) --region --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --hold --json
-trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --merge --dtype --json
+trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --merge --dtype \
+--max-shard-size --no-compare --json
 trainer generate: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --prompt --tokens --temperature --seed \
 --eos-token --json
 trainer prune: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --keep-last --keep-every --keep-best --damaged \
@@ -60,7 +61,7 @@ trainer simulate: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --tra
 --elastic --reform --together --wait --stall --durable --restart --notice --notice-share --work --step-time \
 --every --on-demand-price --spot-price --reserved-price --trials --seed --json
 trainer data prepare: --input --tokenizer --out --json --format --pack --sequence-length --documents --too-long \
---without-target --date --validation-ratio --text-field --eos-token --shard-tokens --sample-bytes --threads \
+--without-target --date --chat-template --validation-ratio --text-field --eos-token --shard-tokens --sample-bytes --threads \
 --skip-unreadable --bad-records --overwrite
 trainer completions: SHELL
 trainer worker: "

@@ -21,10 +21,12 @@
 //! fetched again. *Cancel:* a dropped future stops its threads within a few MiB.
 #![doc = include_str!("README.md")]
 
+pub mod around;
 pub mod cache;
 mod chat;
 mod columns;
 mod compressed;
+mod conversations;
 mod documents;
 mod encode;
 mod fetch;
@@ -49,6 +51,7 @@ pub mod sampler;
 mod scan;
 pub mod shards;
 mod special;
+pub mod templates;
 mod checksums;
 pub mod tokenizer;
 mod writer;

@@ -12,6 +12,7 @@ mod dataset;
 mod doctor;
 mod deadline;
 mod doubt;
+mod early_stopping;
 mod formats;
 mod freeze_model;
 mod groups;

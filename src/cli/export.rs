@@ -19,7 +19,7 @@ use crate::{
     config,
     error::{Context, Error, Kind, Result},
     format::header::Dtype,
-    history,
+    history::{self, Which},
     ids::{RunId, Step},
     journal::Committed,
     layout,
@@ -37,9 +37,9 @@ Examples:
 pub struct Export {
     #[command(flatten)]
     pub(super) run: RunArg,
-    /// The checkpoint of this step [default: the newest]
+    /// The checkpoint of this step, or `best`: of the lowest held-out loss [default: the newest]
     #[arg(long, value_name = "STEP")]
-    step: Option<Step>,
+    step: Option<Which>,
     /// A new folder, or a URI
     #[arg(long, value_name = "DIR|URI")]
     out: String,
@@ -160,7 +160,7 @@ impl Done<'_> {
 }
 
 /// Exports a step's weights, or the newest; returns the step.
-pub(super) async fn export(run: &RunArg, step: Option<Step>, target: &Target) -> Result<(Step, export::Exported)> {
+pub(super) async fn export(run: &RunArg, step: Option<Which>, target: &Target) -> Result<(Step, export::Exported)> {
     let root = run.store.open()?;
     let (_, committed) = history::choose(&root, &run.run_id, step).await?;
     export_chosen(&root, &run.run_id, step, committed, target).await
@@ -170,7 +170,7 @@ pub(super) async fn export(run: &RunArg, step: Option<Step>, target: &Target) ->
 async fn export_chosen(
     root: &Store,
     run_id: &RunId,
-    step: Option<Step>,
+    step: Option<Which>,
     mut committed: Committed,
     target: &Target,
 ) -> Result<(Step, export::Exported)> {
@@ -210,7 +210,7 @@ mod tests {
         let out = tempfile::tempdir().unwrap();
         let target = Target::Folder(out.path().join("model"));
         let export = |step| export_chosen(&root, stale.run_id(), step, old.clone(), &target);
-        let error = export(Some(old.step)).await.unwrap_err();
+        let error = export(Some(Which::Step(old.step))).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Usage, "{error}");
         assert_eq!(export(None).await.unwrap().0, newest.step);
         assert!(out.path().join("model/model.safetensors").is_file());

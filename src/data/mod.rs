@@ -48,6 +48,7 @@ mod eviction;
 pub mod sampler;
 mod scan;
 pub mod shards;
+mod sources;
 mod special;
 mod checksums;
 pub mod tokenizer;

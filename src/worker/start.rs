@@ -33,8 +33,8 @@ use crate::{
 
 const COPY_THREADS: usize = 2;
 
-/// A worker that is ready for its first step, and the saves already decided.
-pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<SaveOrder>)> {
+/// A worker that is ready for its first step, the saves already decided, and whether the loaded state is measured first.
+pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<SaveOrder>, bool)> {
     let assignment = match orders.next() {
         ToWorker::Start(assignment) => *assignment,
         other => return Err(out_of_turn(&other)),
@@ -84,8 +84,8 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         None => None,
     };
     link.tell(&FromWorker::Ready { fingerprint });
-    let saves = match orders.next() {
-        ToWorker::Go { saves } => saves,
+    let (saves, measure) = match orders.next() {
+        ToWorker::Go { saves, measure } => (saves, measure),
         other => return Err(out_of_turn(&other)),
     };
     let training = built.start(&task.data, batches, Peers::new(group))?;
@@ -101,8 +101,10 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
             replicated,
             patience: Patience::new(several_nodes),
             stalled: Duration::ZERO,
+            may_stop_early: task.train.early_stopping.is_some(),
         },
         saves,
+        measure,
     ))
 }
 

@@ -2,14 +2,13 @@
 
 use std::ops::ControlFlow::{Break, Continue};
 
-use super::{Cause, Event, Flow, Phase, Salvage, Settings, Training, Turn};
+use super::{Cause, Event, Flow, Phase, Salvage, Settings, Stage, Training, Turn};
 use crate::{
     agent::{
         effects::{Effect, Log, Order},
         generation::{End, Load, Source, Stopped},
         save::{
             gather::Fetched,
-            ledger::Ledger,
             scheduler::{Scheduler, Setup},
         },
         states::{self, Difference, Remedy, Roll},
@@ -204,6 +203,7 @@ impl Loading {
         if is_checkpoint {
             turn.does(Effect::Nodes(Order::Received));
         }
+        turn.does(Effect::Busy(false));
         let settings = &turn.shared.settings;
         let outline = settings.outline;
         let setup = Setup {
@@ -216,13 +216,17 @@ impl Loading {
         };
         let mut scheduler = Scheduler::new(setup, settings.measured, now);
         let saves = scheduler.first_orders(now);
-        turn.does(Effect::Busy(false));
-        turn.tell_all(ToWorker::Go { saves });
-        let training = Training::begin(outline, scheduler, Ledger::begin(now), bytes, now);
-        Continue(match self.said {
-            None => Phase::Training(training),
-            Some(cause) => Phase::Salvaging(Salvage::new(training, None, cause)),
-        })
+        let measure = settings.stopping.measures_first();
+        let mut training = Training::begin(settings, scheduler, bytes, now);
+        turn.tell_all(ToWorker::Go { saves, measure });
+        if let Some(cause) = self.said {
+            return Continue(Phase::Salvaging(Salvage::new(training, None, cause)));
+        }
+        if !measure {
+            let actions = training.judge(done, None, turn);
+            training.act(actions, Stage::Training, turn)?;
+        }
+        Continue(Phase::Training(training))
     }
 }
 

@@ -12,6 +12,7 @@ mod dataset;
 mod doctor;
 mod deadline;
 mod doubt;
+mod early_stopping;
 mod exports;
 mod fleet;
 mod formats;

@@ -34,6 +34,7 @@ use super::{
         upload::{self, SaveEvent},
     },
     states::Seats,
+    stopping::Stopping,
     upkeep::retention::Retention,
     workers::Workers,
 };
@@ -43,7 +44,7 @@ use crate::{
     error::Result,
     faults::{self, At},
     ids::{Generation, NodeId, Step},
-    journal::Drain,
+    journal::{Drain, EarlyStop},
     notice::{self, Notice, Notices},
     report::Reporter,
     snapshot::cadence::Measured,
@@ -69,6 +70,8 @@ pub struct Plan {
     pub load: Load,
     /// For saves.
     pub upload: upload::Context,
+    /// How early stopping stands with the state to load.
+    pub stopping: Stopping,
     /// Measured costs of saves and lifetimes of machines.
     pub measured: Measured,
     /// The damage that this process has found.
@@ -143,8 +146,12 @@ impl Load {
 pub enum End {
     /// The last step is committed.
     Completed {
+        /// The step.
+        step: Step,
         /// Its loss; `None`: it has none, or was finished in an earlier generation.
         loss: Option<f64>,
+        /// Why there is no other, if the run stopped early.
+        early: Option<EarlyStop>,
     },
     /// Asked to stop.
     Stopped(Stopped),
@@ -273,6 +280,7 @@ pub async fn run(
         generation: start.upload.generation,
         config: start.config.clone(),
         load: start.load.clone(),
+        stopping: start.stopping,
         measured: start.measured,
         store_host: start.store.ip(),
         seats: Seats::new(start.upload.node.clone(), start.upload.ranks, others),

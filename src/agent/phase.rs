@@ -137,6 +137,7 @@ use super::{
     generation::{End, Load},
     save::{gather::Fetched, scheduler::Moment, upload::SaveEvent},
     states::Seats,
+    stopping::Stopping,
     workers::WorkerEvent,
 };
 use crate::{
@@ -199,6 +200,8 @@ pub struct Settings {
     pub config: RunConfig,
     /// The state to load.
     pub load: Load,
+    /// How early stopping stands with the state to load.
+    pub stopping: Stopping,
     /// Measured costs of saves and lifetimes of machines.
     pub measured: Measured,
     /// The address of rank 0's node.

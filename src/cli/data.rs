@@ -36,6 +36,7 @@ Examples:
   trainer data prepare --input s3://bucket/text --tokenizer tokenizer.json --out s3://bucket/tokens
   trainer data prepare --input '*.jsonl.zst' --text-field doc.text --tokenizer my-model --out data
   trainer data prepare --input chats.jsonl --format chat --sequence-length 2048 --tokenizer my-model --out data
+  trainer data prepare --source web='web/**/*.txt' --source code=s3://bucket/code --tokenizer my-model --out data
 
 The first bytes of a file decide how it is read: as JSON lines, an array of JSON objects,
 Parquet, or plain text. Each may be compressed with gzip or zstd.
@@ -43,8 +44,11 @@ Tables, other archives and text that is not UTF-8 are left out, up to 5 of 100 f
 The same inputs and settings give the same shards; a dataset that already exists is reused.")]
 pub struct Prepare {
     /// A path, folder, glob or URI of text, JSON records or Parquet; repeatable
-    #[arg(long, required = true, value_name = "GLOB|URI", num_args = 1)]
+    #[arg(long, required_unless_present = "source", value_name = "GLOB|URI", num_args = 1)]
     input: Vec<String>,
+    /// The same with a name, by which its held-out loss is reported; repeatable
+    #[arg(long, value_name = "NAME=GLOB|URI", num_args = 1, value_parser = named)]
+    source: Vec<(String, String)>,
     /// A Hugging Face tokenizer.json or its folder, by path or URI, or train:VOCAB to train one on the input
     #[arg(long, value_name = "FILE|DIR|URI|train:VOCAB")]
     tokenizer: TokenizerSource,
@@ -131,6 +135,12 @@ enum Unfit {
     Drop,
 }
 
+/// `NAME=INPUT`.
+fn named(text: &str) -> std::result::Result<(String, String), String> {
+    let (name, input) = text.split_once('=').ok_or("write NAME=INPUT, such as code='src/**/*.rs'")?;
+    Ok((name.to_owned(), input.to_owned()))
+}
+
 impl Data {
     pub(super) fn execute(self, screen: &Screen) -> Result<ExitCode> {
         match self {
@@ -154,6 +164,7 @@ impl Prepare {
     fn settings(self) -> Result<PrepareSettings> {
         let defaults = PrepareSettings::new(self.input, self.tokenizer, store::absolute(&self.out)?);
         Ok(PrepareSettings {
+            sources: self.source,
             validation_ratio: self.validation_ratio.unwrap_or(defaults.validation_ratio),
             shard_tokens: self.shard_tokens.unwrap_or(defaults.shard_tokens),
             text_field: self.text_field.unwrap_or(defaults.text_field),

@@ -19,7 +19,7 @@ use crate::{
     config,
     error::{Context, Error, Kind, Result},
     format::header::Dtype,
-    history,
+    history::{self, Which},
     ids::{RunId, Step},
     journal::Committed,
     layout,
@@ -38,9 +38,9 @@ Examples:
 pub struct Export {
     #[command(flatten)]
     pub(super) run: RunArg,
-    /// The checkpoint of this step [default: the newest]
+    /// The checkpoint of this step, or `best`: of the lowest held-out loss [default: the newest]
     #[arg(long, value_name = "STEP")]
-    step: Option<Step>,
+    step: Option<Which>,
     /// A new folder, or a URI: an earlier export there is replaced
     #[arg(long, value_name = "DIR|URI")]
     out: String,
@@ -215,7 +215,7 @@ fn text(out: &str, step: Step, run_id: &RunId, exported: &export::Exported, merg
 /// Exports a step's weights, or the newest; returns the step.
 pub(super) async fn export(
     run: &RunArg,
-    step: Option<Step>,
+    step: Option<Which>,
     target: &Target,
     form: &Form,
 ) -> Result<(Step, export::Exported)> {
@@ -228,7 +228,7 @@ pub(super) async fn export(
 async fn export_chosen(
     root: &Store,
     run_id: &RunId,
-    step: Option<Step>,
+    step: Option<Which>,
     mut committed: Committed,
     target: &Target,
     form: &Form,
@@ -268,7 +268,7 @@ mod tests {
         let out = tempfile::tempdir().unwrap();
         let (target, form) = (Target::Folder(out.path().join("model")), Form::plain(1000));
         let export = |step| export_chosen(&root, stale.run_id(), step, old.clone(), &target, &form);
-        let error = export(Some(old.step)).await.unwrap_err();
+        let error = export(Some(Which::Step(old.step))).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Usage, "{error}");
         assert_eq!(export(None).await.unwrap().0, newest.step);
         assert!(out.path().join("model/model.safetensors").is_file());

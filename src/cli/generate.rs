@@ -19,7 +19,7 @@ use crate::{
     config::ModelKind,
     data::tokenizer::{EndToken, TextTokenizer},
     error::{Error, Kind, Result},
-    history,
+    history::{self, Which},
     ids::{Step, random_hex},
     layout,
     model::{self, ModelError, generate::GenerateSettings},
@@ -31,9 +31,9 @@ use crate::{
 pub struct Generate {
     #[command(flatten)]
     pub(super) run: RunArg,
-    /// The checkpoint of this step [default: the newest]
+    /// The checkpoint of this step, or `best`: of the lowest held-out loss [default: the newest]
     #[arg(long, value_name = "STEP")]
-    step: Option<Step>,
+    step: Option<Which>,
     /// The beginning of the text
     #[arg(long, value_name = "TEXT")]
     prompt: String,

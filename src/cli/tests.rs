@@ -60,8 +60,9 @@ trainer doctor: CONFIG --store (TRAINER_STORE) --run-id (TRAINER_RUN_ID) --nproc
 trainer simulate: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --trace --mtbf --lifetimes --nodes \
 --elastic --reform --together --wait --stall --durable --restart --notice --notice-share --work --step-time \
 --every --on-demand-price --spot-price --reserved-price --trials --seed --json
-trainer data prepare: --input --tokenizer --out --json --format --pack --sequence-length --documents --too-long \
---without-target --date --chat-template --validation-ratio --text-field --eos-token --shard-tokens --sample-bytes --threads \
+trainer data prepare: --input --source --tokenizer --out --json --format --pack --sequence-length --documents \
+--too-long --without-target --date --chat-template --validation-ratio --text-field --eos-token --shard-tokens \
+--sample-bytes --threads \
 --skip-unreadable --bad-records --overwrite
 trainer completions: SHELL
 trainer worker: "

@@ -8,6 +8,7 @@
 
 mod batch;
 mod change;
+mod early_stopping;
 mod error;
 mod machine;
 mod raw;
@@ -34,6 +35,7 @@ pub use change::{
     Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, names, reading_settings,
     settings,
 };
+pub use early_stopping::EarlyStopping;
 pub use error::{ConfigError, Origin};
 pub use machine::{Machine, workers_per_node};
 pub use raw::DEFAULT_TOML;

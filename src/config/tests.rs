@@ -113,6 +113,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                         grad_clip: 1.0
                     },
                     schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
+                    early_stopping: None,
                 },
                 parallel: ParallelConfig {
                     strategy: Strategy::Ddp,

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     DataError, Dataset, Split,
-    shards::{FileEntry, OpenMarks},
+    shards::{FileEntry, OpenBeside},
 };
 use crate::layout;
 
@@ -283,7 +283,7 @@ impl Dataset {
     /// Passes on the bytes with the marks of the tokens `first` to `last`, each time with the number of the first byte.
     fn chunks(
         &self,
-        open: &OpenMarks,
+        open: &OpenBeside,
         first: u64,
         last: u64,
         mut each: impl FnMut(u64, &[u8]) -> Result<(), String>,

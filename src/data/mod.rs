@@ -50,6 +50,7 @@ mod eviction;
 pub mod sampler;
 mod scan;
 pub mod shards;
+mod sources;
 mod special;
 pub mod templates;
 mod checksums;

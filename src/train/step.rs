@@ -16,6 +16,7 @@ use crate::{
     error::{Context, Error, Kind, Result},
     ids::{Rank, Step, WorldSize},
     model::{self, BuildSettings, Model},
+    protocol::HeldOutSum,
     torch,
 };
 
@@ -108,14 +109,13 @@ pub struct Update {
     pub lr: f64,
 }
 
-/// The held-out loss of one rank's share.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct HeldOut {
-    /// Sum of the losses of its targets.
-    pub loss_sum: f64,
-    /// Its targets.
-    pub targets: u64,
-}
+/// The held-out loss of one rank's share, by source of the data.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeldOut(pub Vec<HeldOutSum>);
+
+/// Losses of single targets are rounded to multiples of this: sums of them are exact up to half a thousand million, so
+/// they are the same however the targets are spread over passes and ranks, and in whatever order they are added.
+const LOSS_UNIT: f64 = 1.0 / (1 << 24) as f64;
 
 impl Training {
     /// Gradients of `step`, reduced under the last backward pass.
@@ -198,20 +198,26 @@ impl Training {
         let count = self.batches.held_out().min(u64::from(self.validation_sequences));
         let mut samples = share(count, self.place.rank, self.place.world);
         self.strategy.settle()?;
-        let mut sum = HeldOut { loss_sum: 0.0, targets: 0 };
+        let mut sums: Vec<HeldOutSum> = self.batches.source_names().map(HeldOutSum::of).collect();
         while !samples.is_empty() {
             if is_over() {
                 return Ok(None);
             }
             let end = (samples.start + u64::from(self.train.max_micro_batch)).min(samples.end);
-            let batch = self.batches.held_out_at(samples.start..end)?;
+            let (batch, sources) = self.batches.held_out_at(samples.start..end, count)?;
             samples.start = end;
-            let loss = tch::no_grad(|| self.model.batch_loss(batch))?;
-            let targets = batch.targets.count();
-            sum.loss_sum += torch::to_f64(&loss)? * targets as f64;
-            sum.targets += targets;
+            let losses = tch::no_grad(|| self.model.target_losses(batch))?;
+            let losses = torch::tch_result("read losses", Vec::<f32>::try_from(&losses))?;
+            for (at, loss) in losses.into_iter().enumerate() {
+                // Data without sources has one sum, and no list of them.
+                let source = sources.get(at).copied().unwrap_or(0);
+                if let Some(sum) = sums.get_mut(usize::from(source)) {
+                    sum.loss += (f64::from(loss) / LOSS_UNIT).round() * LOSS_UNIT;
+                    sum.targets += 1;
+                }
+            }
         }
-        Ok(Some(sum))
+        Ok(Some(HeldOut(sums)))
     }
 }
 
@@ -305,6 +311,7 @@ mod tests {
                     grad_clip: 0.5,
                 },
                 schedule: ScheduleConfig { kind: ScheduleKind::Linear, warmup_steps: 2, min_lr_ratio: 0.1 },
+                early_stopping: None,
             },
             parallel: ParallelConfig {
                 strategy,
@@ -518,8 +525,9 @@ mod tests {
                 share
             });
             let targets = HELD_OUT * SEQUENCE as u64;
-            assert_eq!(shares.iter().map(|share| share.targets).sum::<u64>(), targets, "{world} ranks");
-            shares.iter().map(|share| share.loss_sum).sum::<f64>() / targets as f64
+            assert!(shares.iter().all(|share| share.0.len() == 1 && share.0[0].source.is_empty()));
+            assert_eq!(shares.iter().map(|share| share.0[0].targets).sum::<u64>(), targets, "{world} ranks");
+            shares.iter().map(|share| share.0[0].loss).sum::<f64>() / targets as f64
         });
         // An untrained model guesses.
         assert!((one - 96_f64.ln()).abs() < 0.1, "{one}");

@@ -42,7 +42,8 @@ use crate::{
 /// Runs a worker to its end. Called only in a process started by an agent, never by hand.
 pub fn main() -> Result<ExitCode> {
     let (link, mut orders) = link::connect()?;
-    let result = start::start(&link, &mut orders).and_then(|(worker, saves)| worker.train(orders, &saves));
+    let result =
+        start::start(&link, &mut orders).and_then(|(worker, saves, measure)| worker.train(orders, &saves, measure));
     match result {
         Ok(never) => match never {},
         Err(error) => {
@@ -73,14 +74,20 @@ struct Worker {
     patience: Patience,
     /// Time spent waiting for captures and fingerprints since the last step report.
     stalled: Duration,
+    /// Whether measured states wait for the agent's verdict.
+    may_stop_early: bool,
 }
 
 impl Worker {
-    /// The train loop: readable from here to its end.
-    fn train(mut self, orders: link::Orders, saves: &[SaveOrder]) -> Result<Never> {
+    /// The train loop: readable from here to its end. `measure`: the state that was loaded, first of all.
+    fn train(mut self, orders: link::Orders, saves: &[SaveOrder], measure: bool) -> Result<Never> {
         let gate = Arc::new(StepGate::new(self.done, self.last));
         gate.thaw(saves, None);
         orders.serve(self.link.clone(), Arc::clone(&gate))?;
+        if measure {
+            self.evaluate(&gate)?;
+        }
+        self.wait_for_verdict(&gate);
         let mut begin = Instant::now();
         // What the next step follows, and how long a validation before it took.
         let (mut after, mut validated) = (After::Step, Duration::ZERO);
@@ -122,6 +129,7 @@ impl Worker {
             self.done = step;
             if self.training.evaluation_is_due(step) {
                 self.evaluate(&gate)?;
+                self.wait_for_verdict(&gate);
                 validated = begin.elapsed();
                 begin = Instant::now();
                 after = After::Validation;
@@ -179,10 +187,17 @@ impl Worker {
     /// The validation loss over this rank's share; abandoned at once when the run is to end early.
     fn evaluate(&mut self, gate: &StepGate) -> Result<()> {
         let (step, last) = (self.done, self.last);
-        if let Some(HeldOut { loss_sum, targets }) = self.training.evaluate(|| gate.is_ending(step) && step < last)? {
-            self.link.tell(&FromWorker::Validated { step, loss_sum, targets });
+        if let Some(HeldOut(sums)) = self.training.evaluate(|| gate.is_ending(step) && step < last)? {
+            self.link.tell(&FromWorker::Validated { step, sums });
         }
         Ok(())
+    }
+
+    /// All ranks are to stop after the very state whose measurement says so: the next step begins once it does not.
+    fn wait_for_verdict(&self, gate: &StepGate) {
+        if self.may_stop_early {
+            gate.wait_for_verdict(self.done);
+        }
     }
 }
 

@@ -33,8 +33,8 @@ use crate::{
 
 const COPY_THREADS: usize = 2;
 
-/// A worker that is ready for its first step, and the saves already decided.
-pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<SaveOrder>)> {
+/// A worker that is ready for its first step, the saves already decided, and whether the loaded state is measured first.
+pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<SaveOrder>, bool)> {
     let assignment = match orders.next() {
         ToWorker::Start(assignment) => *assignment,
         other => return Err(out_of_turn(&other)),
@@ -84,8 +84,8 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         None => None,
     };
     link.tell(&FromWorker::Ready { fingerprint });
-    let (saves, first_s) = match orders.next() {
-        ToWorker::Go { saves, first_s } => (saves, first_s),
+    let (saves, first_s, measure) = match orders.next() {
+        ToWorker::Go { saves, first_s, measure } => (saves, first_s, measure),
         other => return Err(out_of_turn(&other)),
     };
     let hasty = faults::check("worker.hasty", At::default()).is_err();
@@ -95,7 +95,10 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     }
     let training = built.start(&task.data, batches, Peers::new(group))?;
     let (link, done, last) = (link.clone(), resume_step, Step(task.train.steps));
-    Ok((Worker { link, rank, done, last, training, capture, replicated, patience, stalled: Duration::ZERO }, saves))
+    let may_stop_early = task.train.early_stopping.is_some();
+    let stalled = Duration::ZERO;
+    let worker = Worker { link, rank, done, last, training, capture, replicated, patience, stalled, may_stop_early };
+    Ok((worker, saves, measure))
 }
 
 /// The fingerprint of what all ranks have when they begin: their state, and the base of adapters, which never changes.

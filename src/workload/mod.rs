@@ -52,7 +52,7 @@ pub use self::{
     companions::Files,
     prepare::Site,
     provenance::{MadeOf, names_data, newest_usable},
-    reports::{Diverged, Figures, Outline, Progress, Reports},
+    reports::{Diverged, Figures, Measured, Outline, Progress, Reports},
 };
 use crate::{
     checkpoint::{manifest::TrainerState, restore::RemoteFile},

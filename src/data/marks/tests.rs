@@ -26,6 +26,7 @@ fn dataset(dir: &Path, packed: Option<u32>, shards: &[Vec<(bool, bool)>]) -> Ind
             file: entry(dir, &Split::Train.shard_name(number), &ids),
             tokens: shard.len() as u64,
             marks: Some(MarksEntry { file: entry(dir, &Split::Train.marks_name(number), &bytes), documents, targets }),
+            sources: None,
         });
     }
     let index = Index {
@@ -36,6 +37,7 @@ fn dataset(dir: &Path, packed: Option<u32>, shards: &[Vec<(bool, bool)>]) -> Ind
         recipe: String::new(),
         tokenizer: entry(dir, layout::TOKENIZER, b"{  }"),
         documents: Some(Documents { packed, ..Documents::default() }),
+        sources: Vec::new(),
         train,
         validation: Vec::new(),
     };

@@ -36,7 +36,12 @@ use self::{
     desk::{Call, Desk, Myself, Route, Tell, Tools, Words},
     trial::Trial,
 };
-use super::{Outcome, Runner, Seating, Story, launch::OnComplete, or_notice, parting, told_to_leave};
+use super::{
+    Outcome, Runner, Seating, Story,
+    launch::OnComplete,
+    open::{Completed, completed},
+    or_notice, parting, told_to_leave,
+};
 use crate::{
     agent::{
         blame::{self, Blame},
@@ -341,11 +346,12 @@ impl Runner {
         if self.journal.state().generation() == generation && had_ended {
             return Ok(None);
         }
-        match self.journal.state().outcome() {
-            crate::journal::Outcome::Completed { step, .. } if *step >= self.resolved.workload.last_step() => {
-                tracing::info!(run = %self.run_id, %step, "run is complete");
-                Ok(Some(self.options.then(&self.resolved.config, true)))
-            }
+        let state = self.journal.state();
+        if let Some(Completed { step, .. }) = completed(&state, self.resolved.workload.task()) {
+            tracing::info!(run = %self.run_id, %step, "run is complete");
+            return Ok(Some(self.options.then(&self.resolved.config, true)));
+        }
+        match state.outcome() {
             crate::journal::Outcome::Failed { reason, .. } => {
                 let failed = Error::new(Kind::Config, format!("the run has failed on another node: {reason}"));
                 Err(failed.with_hint(format!("trainer explain --run-id {}", self.run_id)))
@@ -504,8 +510,8 @@ impl Runner {
             memory.gone.entry(node.clone()).or_insert_with(|| (FormedReason::NodeLost, why.clone()));
         }
         match ended {
-            Ok(End::Completed { loss }) => {
-                let outcome = self.complete(generation, loss, notices).await?;
+            Ok(End::Completed { step, loss, early }) => {
+                let outcome = self.complete(generation, step, loss, early, notices).await?;
                 match outcome {
                     Outcome::Completed { .. } => self.tidy(left, notices).await,
                     _ => _ = self.gone(left).await,

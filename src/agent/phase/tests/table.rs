@@ -64,9 +64,8 @@ const ROWS: &[(&str, Provoke)] = &[
     }),
     ("stalled by 10", |_| said(Rank(0), FromWorker::Stalled { step: Step(10), stall_s: 0.1 })),
     ("validated, the last", |rig| {
-        let validated = || FromWorker::Validated { step: Step(10), loss_sum: 4.0, targets: 2 };
-        let _ = rig.feed(said(Rank(0), validated()));
-        said(Rank(1), validated())
+        let _ = rig.feed(validated(Rank(0), 10, 2.0));
+        validated(Rank(1), 10, 2.0)
     }),
     ("stopped, the last", |rig| {
         let _ = rig.feed(stopped(Rank(0), 12));

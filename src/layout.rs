@@ -12,6 +12,8 @@
 //!      config.json  tokenizer.json  generation_config.json
 //!      tokenizer_config.json, and other files of a tokenizer where the run's weights came with them
 //!      adapter_model.safetensors            adapter_config.json, instead of all weights, where adapters are trained
+//!      task.json                            instead of config.json and all of a tokenizer, where a program's own task is
+//!                                           trained
 //!      optimizer-00001-of-00004.safetensors trainer_state.json  receipt-<node-id>.json  manifest.json
 //! ```
 //! Numbers are padded so that listings read well, but they are compared as numbers: padding is not a limit.
@@ -77,6 +79,9 @@ pub const MASTER: &str = "master.";
 pub const ADAPTER: &str = "adapter_model.safetensors";
 /// Name of the description of a model's adapters (PEFT).
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+
+/// Name of the description of a program's own task.
+pub const TASK: &str = "task.json";
 
 /// Folder, at the root of the store, of the probe keys.
 pub const PROBES: &str = ".trainer-probes";

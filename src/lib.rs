@@ -12,7 +12,14 @@
 //!
 //! The modules stand in the order in which data flows, and imports point down this list only: a test compares this
 //! file's `pub mod` lines with every `use crate::` line.
+//!
+//! A program with a model of its own is built on this library: see [`task`].
 #![warn(missing_docs)]
+
+/// LibTorch in Rust, in the version that this library is built with: a task's tensors are of its types.
+pub use tch;
+
+pub use crate::cli::main_of as main;
 
 pub mod cli;
 pub mod doctor;
@@ -25,6 +32,7 @@ pub mod workload;
 pub mod worker;
 pub mod train;
 pub mod protocol;
+pub mod task;
 pub mod model;
 pub mod data;
 pub mod notice;

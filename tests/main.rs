@@ -34,6 +34,7 @@ mod moments;
 mod nodes;
 mod notices;
 mod outputs;
+mod own_model;
 mod prepare_inputs;
 mod protocol_model;
 mod protocol_random;

@@ -18,8 +18,9 @@ use crate::{
         DocumentFormat, LayoutSettings,
         prepare::{self, Phase, PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource},
     },
-    error::Result,
+    error::{Error, Kind, Result},
     report::{Screen, human},
+    task,
 };
 
 /// Prepare training data
@@ -151,6 +152,12 @@ impl Data {
 
 impl Prepare {
     fn execute(self, screen: &Screen) -> Result<ExitCode> {
+        if let Some(task) = task::registered() {
+            let what =
+                format!("data prepare makes tokens for language models, and this program trains the task {task}");
+            return Err(Error::new(Kind::Usage, what)
+                .with_hint("a task makes its own batches; give the same arguments to `trainer` itself for tokens"));
+        }
         let json = self.json;
         let settings = self.settings()?;
         let progress = Progress::new(screen);

@@ -69,9 +69,12 @@ impl Generate {
         let exported = folder.folder();
         let target = Target::Folder(exported.clone());
         let (step, adapted) = store::block_on(async {
-            let (step, _) = export::export(&self.run, self.step, &target, &Form::plain(export::part())).await?;
             let state = history::read(&self.run.store.open()?, &self.run.run_id).await?;
-            Ok((step, Adapted::load(&state.config().workload.model, &exported).await?))
+            let model = &state.config().workload.model;
+            // A program's own task is refused by name, before anything is fetched.
+            model::context(model.kind, &model.config)?;
+            let (step, _) = export::export(&self.run, self.step, &target, &Form::plain(export::part())).await?;
+            Ok((step, Adapted::load(model, &exported).await?))
         })?;
         let ends = end_ids(&exported.join(layout::GENERATION_CONFIG))?;
         let tokenizer = tokenizer(&exported, self.eos_token.as_deref(), &ends)?;

@@ -93,6 +93,16 @@ enum Command {
     Worker,
 }
 
+/// The whole of a program that trains `task`: every command of the command line, for runs of this task. Call it first
+/// and return what it returns.
+///
+/// Everything works as for a language model, but for what belongs to one: `generate`, `data prepare`, `export --merge`
+/// and the settings of `[model]`. Workers are this very program again, so nothing may come before the call.
+pub fn main_of(task: impl crate::task::Task) -> ExitCode {
+    crate::task::register(task);
+    main(std::env::args_os())
+}
+
 /// Runs the command line and returns its exit code.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
@@ -127,6 +137,9 @@ fn no_thread(panic: &str) -> Option<Error> {
 
 fn bug_line(what: Option<&str>, place: Option<&panic::Location<'_>>) -> String {
     let place = place.map(|place| format!(" ({}:{})", place.file(), place.line())).unwrap_or_default();
+    if let Some(task) = crate::task::registered().filter(|_| crate::task::at_work()) {
+        return format!("task {task} panicked: {}{place}", what.unwrap_or("it says nothing more"));
+    }
     format!("bug: {}{place}; please report this, with the lines above", what.unwrap_or("panic"))
 }
 

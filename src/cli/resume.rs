@@ -16,6 +16,7 @@ use crate::{
     rendezvous::policy::ending::Wait,
     report::{Reporter, Screen},
     run::{LaunchOptions, open},
+    workload,
 };
 
 /// Continue a run from its newest checkpoint that verifies
@@ -54,7 +55,10 @@ impl Resume {
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
         let stop = Stop::listen()?;
         stop.leave_when_stuck();
-        let accepts_data = config::names(&overrides, "data.train")?;
+        let mut accepts_data = false;
+        for key in workload::DATA {
+            accepts_data |= config::names(&overrides, key)?;
+        }
         let prepare = || {
             let (uri, reading) = (self.run.store.open()?.uri(), config::reading_settings(&overrides)?);
             let found = stop.block_on(open::find(&uri, &reading, &run_id, overrides))?;

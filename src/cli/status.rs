@@ -243,14 +243,18 @@ fn saving(every: Cadence) -> String {
 
 /// The settings that people ask for first.
 fn summary(config: &RunConfig) -> Vec<(&'static str, String)> {
-    let TrainTask { data, train, .. } = &config.workload;
+    let TrainTask { model, data, train, .. } = &config.workload;
+    let (subject, samples) = match model.task() {
+        Some(own) => (("task", format!("{}, version {}", own.name, own.version)), "sample"),
+        None => (("data", format!("{}, sequences of {}", data.train, data.sequence_length)), "sequence"),
+    };
     vec![
-        ("data", format!("{}, sequences of {}", data.train, data.sequence_length)),
+        subject,
         (
             "training",
             format!(
                 "{} a step, seed {}, lr {:e}, {} a worker",
-                human::plural(train.global_batch.into(), "sequence"),
+                human::plural(train.global_batch.into(), samples),
                 train.seed,
                 train.optimizer.lr,
                 human::plural(train.threads.into(), "CPU thread")

@@ -3,10 +3,11 @@
 use toml::Value;
 
 use super::{
-    ALL_LINEAR, CheckpointConfig, ConfigError, DataConfig, EarlyStopping, Keep, ModelConfig, NetworkConfig,
+    ALL_LINEAR, CheckpointConfig, ConfigError, DataConfig, EarlyStopping, Keep, ModelConfig, ModelKind, NetworkConfig,
     NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig,
     TrainConfig, TrainTask,
     error::Origin,
+    own,
     raw::Raw,
     resolve::{
         self, ACTIONS, DEFAULT_ALPHA, DEVICES, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES,
@@ -48,8 +49,11 @@ pub fn effect(key: &str) -> Effect {
         | "train.early_stopping.min_delta" => Effect::Free,
         // It was checked when the run was created.
         "data.tokenizer" => Effect::Free,
+        "task.name" => Effect::Fixed("the checkpoints' tensors belong to this task"),
         _ if key.starts_with("model.") => Effect::Fixed("the checkpoints' tensors belong to this model"),
-        _ if ["data.", "train.", "parallel."].iter().any(|section| key.starts_with(section)) => Effect::Mathematical,
+        _ if ["task.", "data.", "train.", "parallel."].iter().any(|section| key.starts_with(section)) => {
+            Effect::Mathematical
+        }
         _ => Effect::Free,
     }
 }
@@ -188,10 +192,19 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let StorageConfig { concurrency, part_mib, attempts, max_upload_mib_per_s, encryption, kms_key_id, storage_class } =
         storage;
     let NetworkConfig { address, port, store_port } = network;
+    // A task takes the place of a model, whose settings then have their defaults.
+    let task = model.task();
+    let (kind, model_config) = match &task {
+        Some(_) => (ModelKind::Decoder, String::new()),
+        None => (*kind, model_config.to_string()),
+    };
+    let (task, task_settings) = task.map_or_else(Default::default, |it| (it.name, own::to_toml(&it.settings)));
     vec![
         ("store", word(store)),
-        ("model.kind", word(name_of(MODEL_KINDS, *kind))),
-        ("model.config", word(&model_config.to_string())),
+        ("task.name", word(&task)),
+        (own::SETTINGS, Value::Table(task_settings)),
+        ("model.kind", word(name_of(MODEL_KINDS, kind))),
+        ("model.config", word(&model_config)),
         ("model.init_from", word(init_from.as_deref().unwrap_or_default())),
         ("model.lora.rank", whole(lora.as_ref().map_or(0, |lora| lora.rank))),
         ("model.lora.alpha", Value::Float(lora.as_ref().map_or(DEFAULT_ALPHA, |lora| lora.alpha))),

@@ -11,6 +11,7 @@ mod change;
 mod early_stopping;
 mod error;
 mod machine;
+mod own;
 mod raw;
 mod resolve;
 mod text;
@@ -38,6 +39,7 @@ pub use change::{
 pub use early_stopping::EarlyStopping;
 pub use error::{ConfigError, Origin};
 pub use machine::{Machine, workers_per_node};
+pub use own::is_name;
 pub use raw::DEFAULT_TOML;
 pub use resolve::{Fetch, Guard, MAX_STEPS, PLACES, Sources, Text, load};
 pub use text::{
@@ -45,8 +47,8 @@ pub use text::{
     read_small, undialable, without_bom,
 };
 pub use workload::{
-    ALL_LINEAR, BaseFile, DataConfig, Device, LoraConfig, ModelConfig, ModelKind, OptimizerConfig, ParallelConfig,
-    Precision, ScheduleConfig, ScheduleKind, Strategy, TokenizerRule, TrainConfig, TrainTask,
+    ALL_LINEAR, BaseFile, DataConfig, Device, LoraConfig, ModelConfig, ModelKind, OptimizerConfig, OwnTask,
+    ParallelConfig, Precision, ScheduleConfig, ScheduleKind, Strategy, TokenizerRule, TrainConfig, TrainTask,
 };
 
 /// A run's resolved configuration. Stored in the journal's `created` record.

@@ -10,7 +10,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{Cadence, ConfigError, Spacing, error::Origin, text};
+use super::{Cadence, ConfigError, Spacing, error::Origin, own::SETTINGS, text};
 
 /// Every key with its default, and a comment that explains it.
 pub const DEFAULT_TOML: &str = include_str!("default.toml");
@@ -87,6 +87,10 @@ impl Raw {
     fn merge(&mut self, prefix: &str, table: Table, origin: &dyn Fn(&str) -> Origin) -> Result<(), ConfigError> {
         for (name, value) in table {
             let key = join(prefix, &name);
+            if key == SETTINGS {
+                self.add_free(value, origin(&key))?;
+                continue;
+            }
             if let Some(setting) = self.settings.get_mut(&key) {
                 *setting = Setting { value, origin: origin(&key) };
                 continue;
@@ -113,13 +117,27 @@ impl Raw {
         Ok(())
     }
 
+    /// Adds a table of free keys on top of what is there, key by key.
+    fn add_free(&mut self, value: Value, origin: Origin) -> Result<(), ConfigError> {
+        let Value::Table(new) = value else {
+            let (key, given) = (SETTINGS.to_owned(), value.to_string());
+            return Err(ConfigError::WrongValue { origin, key, given, expected: "a table".into() });
+        };
+        let setting = self.settings.entry(SETTINGS.to_owned());
+        let setting = setting.or_insert_with(|| Setting { value: Table::new().into(), origin: Origin::Default });
+        setting.origin = origin;
+        if let Value::Table(known) = &mut setting.value {
+            merge_free(known, new);
+        }
+        Ok(())
+    }
+
     /// Where a setting was made.
     pub fn origin(&self, key: &str) -> Origin {
         self.settings.get(key).map_or(Origin::Default, |setting| setting.origin.clone())
     }
 
     /// All keys.
-    #[cfg(test)]
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.settings.keys().map(String::as_str)
     }
@@ -161,6 +179,11 @@ impl Raw {
             Some((cut, _)) => format!("{}…", &text[..cut]),
             None => text,
         }
+    }
+
+    /// The table of free keys.
+    pub fn table(&self, key: &str) -> Result<&Table, ConfigError> {
+        self.value(key)?.as_table().ok_or_else(|| self.wrong(key, "a table"))
     }
 
     /// Text.
@@ -354,8 +377,20 @@ fn flatten(prefix: &str, table: Table, visit: &mut dyn FnMut(String, Value)) {
     for (name, value) in table {
         let key = join(prefix, &name);
         match value {
-            Value::Table(inner) => flatten(&key, inner, visit),
+            Value::Table(inner) if key != SETTINGS => flatten(&key, inner, visit),
             value => visit(key, value),
+        }
+    }
+}
+
+/// Tables are merged, and anything else replaces what was there.
+fn merge_free(known: &mut Table, new: Table) {
+    for (name, value) in new {
+        match (known.get_mut(&name), value) {
+            (Some(Value::Table(known)), Value::Table(new)) => merge_free(known, new),
+            (_, value) => {
+                known.insert(name, value);
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use super::{
     ALL_LINEAR, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, LoraConfig,
     Machine, ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig,
     Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule,
-    TrainConfig, TrainTask, early_stopping, error::Origin, raw::Raw, text, workers_per_node,
+    TrainConfig, TrainTask, early_stopping, error::Origin, own, raw::Raw, text, workers_per_node,
 };
 use crate::error::{Error, Kind};
 
@@ -112,11 +112,15 @@ pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
     guard(&raw, sources)?;
     let parallel = parallel(&raw)?;
     let workers = workers_per_node(&parallel, None, &sources.machine);
+    let (model, data) = match own::task(&raw)? {
+        Some(task) => (ModelConfig::of_task(&task), own::data(&raw)?),
+        None => (model(&raw, sources)?, data(&raw, sources.working_directory)?),
+    };
     let config = RunConfig {
         store: uri(&raw, "store", sources.working_directory)?,
         workload: TrainTask {
-            model: model(&raw, sources)?,
-            data: data(&raw, sources.working_directory)?,
+            model,
+            data,
             train: train(&raw, Some((sources.machine.cores / workers).max(1)))?,
             parallel,
         },
@@ -144,16 +148,28 @@ fn guard(raw: &Raw, sources: &Sources<'_>) -> Result<(), ConfigError> {
             Some(folder) if key == "model.config" && is_beside(text) => format!("{folder}/{text}"),
             _ => uri(raw, key, sources.working_directory)?,
         };
-        guard(key, &uri).map_err(|error| ConfigError::Withheld {
-            key,
-            origin: raw.origin(key),
-            path: text.to_owned(),
-            reason: error.to_string(),
-            kind: error.kind(),
-            hint: error.hint().map(str::to_owned),
-        })?;
+        guard(key, &uri).map_err(|error| withheld(raw, key, text, &error))?;
     }
-    Ok(())
+    // Which settings of a task are places is the task's knowledge: every text that can be one counts.
+    let mut refused = Ok(());
+    own::texts(raw.table(own::SETTINGS)?, &mut |text| {
+        if refused.is_ok() && text.contains('/') {
+            let uri = text::absolute_uri(text, sources.working_directory).unwrap_or_else(|_| text.to_owned());
+            refused = guard(own::SETTINGS, &uri).map_err(|error| withheld(raw, own::SETTINGS, text, &error));
+        }
+    });
+    refused
+}
+
+fn withheld(raw: &Raw, key: &'static str, path: &str, error: &Error) -> ConfigError {
+    ConfigError::Withheld {
+        key,
+        origin: raw.origin(key),
+        path: path.to_owned(),
+        reason: error.to_string(),
+        kind: error.kind(),
+        hint: error.hint().map(str::to_owned),
+    }
 }
 
 /// Whether a name is one in the folder of the configuration.
@@ -163,11 +179,15 @@ fn is_beside(name: &str) -> bool {
 
 /// All settings but the store and the model, which a run keeps; `threads` is the meaning of "auto".
 pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> Result<RunConfig, ConfigError> {
+    let data = match base.workload.model.kind {
+        ModelKind::Decoder => data(raw, working_directory)?,
+        ModelKind::Task => own::data(raw)?,
+    };
     let config = RunConfig {
         store: base.store.clone(),
         workload: TrainTask {
-            model: base.workload.model.clone(),
-            data: data(raw, working_directory)?,
+            model: own::reread(raw, &base.workload.model)?,
+            data,
             train: train(raw, None)?,
             parallel: parallel(raw)?,
         },
@@ -268,14 +288,7 @@ fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
     };
     let named = |reason| ConfigError::Named { key, origin: raw.origin(key), path: name.to_owned(), reason };
     let bytes = bytes.map_err(|error| match error.kind() {
-        kind @ (Kind::Unavailable | Kind::Permission) => ConfigError::Withheld {
-            key,
-            origin: raw.origin(key),
-            path: name.to_owned(),
-            reason: error.to_string(),
-            kind,
-            hint: error.hint().map(str::to_owned),
-        },
+        Kind::Unavailable | Kind::Permission => withheld(raw, key, name, &error),
         // One that does not exist is a mistake of the configuration, like any other.
         _ => named(error.to_string()),
     })?;

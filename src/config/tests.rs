@@ -42,6 +42,11 @@ pub(super) fn load_least(more: &str) -> Result<RunConfig, ConfigError> {
     load_with(folder().path(), &format!("{LEAST}{more}"), vec![], &[])
 }
 
+/// Loads these lines alone.
+pub(super) fn load_text(text: &str) -> Result<RunConfig, ConfigError> {
+    load_with(folder().path(), text, vec![], &[])
+}
+
 #[test]
 fn the_interfaces_example_is_read_as_it_stands() {
     let example = r#"
@@ -211,7 +216,8 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         (
             "'qqq.qqq' = 1",
             "run.toml:3: unknown key \"qqq.qqq\"",
-            "there are checkpoint, data, model, network, notice, on_complete, parallel, restart, storage, store, train",
+            "there are checkpoint, data, model, network, notice, on_complete, parallel, restart, storage, store, task, \
+             train",
         ),
         ("train.steps = 0", "run.toml:3: train.steps = 0: expected a whole number from 1 to 2199023255551", ""),
         ("train.steps = -1", "run.toml:3: train.steps = -1: expected a whole number from 1 to 2199023255551", ""),

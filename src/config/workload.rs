@@ -85,6 +85,38 @@ pub enum ModelKind {
     /// the name of the first family: earlier versions read that name, and refuse another family by its architecture.
     #[serde(rename = "llama", alias = "decoder")]
     Decoder,
+    /// No language model: a task of a program that is built on this library. The [`ModelConfig`] then describes the
+    /// task: see [`ModelConfig::of_task`].
+    #[serde(rename = "task")]
+    Task,
+}
+
+/// A task of a program that is built on this library.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct OwnTask {
+    /// Its name.
+    pub name: String,
+    /// Its version, found out when the run is created; 0 before.
+    pub version: u32,
+    /// Its settings, a JSON object: as typed, or complete once the run is created.
+    pub settings: serde_json::Value,
+}
+
+impl ModelConfig {
+    /// What a run that trains this task has in place of a model.
+    pub fn of_task(task: &OwnTask) -> Self {
+        let OwnTask { name, version, settings } = task;
+        let config = serde_json::json!({ "name": name, "version": version, "settings": settings });
+        Self { kind: ModelKind::Task, config, init_from: None, lora: None }
+    }
+
+    /// The task; `None`: a language model is trained. What a journal has that is no task has no name.
+    pub fn task(&self) -> Option<OwnTask> {
+        match self.kind {
+            ModelKind::Task => Some(OwnTask::deserialize(&self.config).unwrap_or_default()),
+            ModelKind::Decoder => None,
+        }
+    }
 }
 
 /// The source of the tokens.

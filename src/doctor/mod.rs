@@ -123,9 +123,14 @@ impl Doctor {
 
     fn needed(&self, config: &RunConfig) -> Result<Need> {
         let TrainTask { model, train, parallel, .. } = &config.workload;
-        let shapes = model::parameter_shapes(model.kind, &model.config)?;
-        let elements = |shape: &[u64]| shape.iter().fold(1_u64, |all, extent| all.saturating_mul(*extent));
-        let parameters = shapes.iter().fold(0_u64, |all, (_, shape)| all.saturating_add(elements(shape)));
+        let parameters = match model.task() {
+            Some(own) => crate::task::open(&own)?.elements(),
+            None => {
+                let shapes = model::parameter_shapes(model.kind, &model.config)?;
+                let elements = |shape: &[u64]| shape.iter().fold(1_u64, |all, extent| all.saturating_mul(*extent));
+                shapes.iter().fold(0_u64, |all, (_, shape)| all.saturating_add(elements(shape)))
+            }
+        };
         let machine = Machine::detect();
         let workers = workers_per_node(parallel, self.nproc_per_node, &machine);
         let (bf16, on_cpu) =

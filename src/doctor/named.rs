@@ -7,12 +7,13 @@ use super::{
     within,
 };
 use crate::{
-    config::{RunConfig, TrainTask},
+    config::{OwnTask, RunConfig, TrainTask},
     data::{self, cache, meaning::Meaning},
-    error::Result,
+    error::{Error, Kind, Result},
     layout, model,
     report::human,
     storage::StorageError,
+    task::{self, Samples},
     workload::initial,
 };
 
@@ -21,9 +22,13 @@ const MAX_TOKENIZER: u64 = 256 << 20;
 
 const DATASET: &str = "dataset";
 const WEIGHTS: &str = "initial weights";
+const TASK: &str = "task";
 
 /// One line for each named place.
 pub(super) async fn look(config: &RunConfig) -> Vec<Line> {
+    if let Some(own) = config.workload.model.task() {
+        return vec![within(TASK, async { task(&own).await.unwrap_or_else(|error| Line::error(TASK, &error)) }).await];
+    }
     let dataset = within(DATASET, async { dataset(config).await.unwrap_or_else(|error| Line::error(DATASET, &error)) });
     let Some(uri) = &config.workload.model.init_from else { return vec![dataset.await] };
     let weights =
@@ -43,6 +48,23 @@ async fn dataset(config: &RunConfig) -> Result<Line> {
     let samples = |split| index.samples(split, settings.sequence_length);
     let (train, validation) = (samples(data::Split::Train), samples(data::Split::Validation));
     Ok(verdict::dataset(uri, train, validation, settings.sequence_length, settings.validation_every))
+}
+
+/// A program's own task, opened as a run opens it.
+async fn task(own: &OwnTask) -> Result<Line> {
+    let wanted = own.clone();
+    let opened = tokio::task::spawn_blocking(move || task::open(&wanted)).await;
+    let opened = opened.map_err(|error| Error::from_source(Kind::Bug, error))??;
+    let Samples { train, held_out } = opened.samples;
+    let found = format!(
+        "{} version {}: {}, {} held out, {}",
+        opened.task.name,
+        opened.task.version,
+        human::plural(train, "sample"),
+        held_out,
+        human::plural(opened.elements(), "parameter"),
+    );
+    Ok(Line::ok(TASK, found))
 }
 
 /// The weights' files and their lengths, checked against the model; and the folder's tokenizer, checked against the

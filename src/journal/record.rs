@@ -93,7 +93,7 @@ pub enum Record {
         /// The run's own id, so that a copied journal can't pass for another run.
         run_id: RunId,
         /// The resolved configuration. Since format 5 it may have adapters, with the files of their base; since format
-        /// 6 a rule by which the run stops early.
+        /// 6 a rule by which the run stops early, or a program's own task.
         config: Box<RunConfig>,
     },
     /// A group of nodes exists. Written before the resume point is used.
@@ -521,8 +521,8 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_named_whatever_else_it_holds() {
-        let error = Entry::decode(br#"{"format":6,"something":"else"}"#).unwrap_err();
-        assert_eq!(error, InvalidEntry::Newer { found: 6 });
+        let error = Entry::decode(br#"{"format":7,"something":"else"}"#).unwrap_err();
+        assert_eq!(error, InvalidEntry::Newer { found: 7 });
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::{
     summary::{Spans, Tail},
 };
 use crate::{
-    config::RunConfig,
+    config::{ModelKind, RunConfig},
     ids::{DatasetId, Generation, NodeId, RunId, Step, WorldSize},
 };
 
@@ -545,6 +545,8 @@ impl Record {
             Self::Committed(committed) if committed.loss.is_none() || !committed.metrics.is_empty() => 3,
             Self::Completed { loss: None, .. } => 3,
             Self::PrunedMany { .. } | Self::Cleared { .. } => 2,
+            // An earlier version knows no task.
+            Self::Created { config, .. } if config.workload.model.kind == ModelKind::Task => 6,
             // An earlier version would train all weights.
             Self::Created { config, .. } if config.workload.model.lora.is_some() => 5,
             Self::Formed { roster, reason, continues, gone, joined, .. }

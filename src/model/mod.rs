@@ -74,6 +74,12 @@ pub enum ModelError {
         /// What is wrong with it.
         reason: String,
     },
+    /// There is no language model: the run trains a program's own task.
+    #[error("the run trains task {name:?}, which is no language model")]
+    Task {
+        /// The task's name.
+        name: String,
+    },
     /// The model's own lists disagree.
     #[error("model has no parameter {name}")]
     NoParameter {
@@ -104,7 +110,7 @@ impl ModelError {
 impl Explain for ModelError {
     fn kind(&self) -> Kind {
         match self {
-            Self::Architecture { .. } | Self::Config { .. } | Self::Input { .. } => Kind::Config,
+            Self::Architecture { .. } | Self::Config { .. } | Self::Input { .. } | Self::Task { .. } => Kind::Config,
             Self::Torch { .. } if self.out_of_memory() => Kind::Config,
             Self::NoParameter { .. } | Self::Torch { .. } => Kind::Bug,
         }
@@ -115,6 +121,10 @@ impl Explain for ModelError {
             Self::Architecture { .. } => {
                 Some(format!("use a config.json whose \"architectures\" is one of {}", families::names()))
             }
+            Self::Task { .. } => Some(
+                "generate, data prepare and LoRA are for language models; trainer export writes a task's weights"
+                    .into(),
+            ),
             Self::Torch { .. } if self.out_of_memory() => {
                 Some("lower train.max_micro_batch: --set train.max_micro_batch=N".into())
             }
@@ -144,8 +154,8 @@ pub enum Positions {
     Last,
 }
 
-/// A model on one device.
-pub trait Model: Send {
+/// Named parameters on one device: all that a strategy, a state and a checkpoint need to know of a model.
+pub trait Leaves: Send {
     /// Every parameter, in registration order. The tensors are shared with the model: writing into
     /// [`Parameter::values`] (without recording gradients) changes it.
     fn parameters(&self) -> &[Parameter];
@@ -154,6 +164,12 @@ pub trait Model: Send {
     /// from here on, and say what is trained.
     fn set_parameters(&mut self, weights: Vec<Weight>) -> Result<(), ModelError>;
 
+    /// The device that it computes on.
+    fn device(&self) -> Device;
+}
+
+/// A language model.
+pub trait Model: Leaves {
     /// Adds adapters ([`lora`]) to linear layers; `scale` is the factor of what they add.
     fn adapt(&mut self, adapters: Vec<Parameter>, scale: f64) -> Result<(), ModelError>;
 
@@ -182,9 +198,6 @@ pub trait Model: Send {
 
     /// The most positions in one sequence.
     fn max_sequence_length(&self) -> u32;
-
-    /// The device that it computes on.
-    fn device(&self) -> Device;
 
     /// The last block's vectors for `tokens` `[batch, T]`.
     fn vectors(&self, tokens: &Tensor, spans: &Spans) -> Result<Tensor, ModelError> {
@@ -244,7 +257,13 @@ pub fn build(
 pub fn describe(kind: ModelKind, config: &serde_json::Value) -> Result<DecoderConfig, ModelError> {
     match kind {
         ModelKind::Decoder => families::read(config),
+        ModelKind::Task => Err(is_a_task(config)),
     }
+}
+
+/// What everything that needs a language model says of a program's own task.
+fn is_a_task(config: &serde_json::Value) -> ModelError {
+    ModelError::Task { name: config["name"].as_str().unwrap_or_default().to_owned() }
 }
 
 /// The same with all parameters frozen and to be loaded: the base of [`lora`]'s adapters.
@@ -267,6 +286,7 @@ pub fn parameter_shapes(kind: ModelKind, config: &serde_json::Value) -> Result<V
 pub fn check_description(kind: ModelKind, config: &serde_json::Value) -> Result<(), ModelError> {
     match kind {
         ModelKind::Decoder => families::check::check(config),
+        ModelKind::Task => Err(is_a_task(config)),
     }
 }
 

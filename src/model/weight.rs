@@ -96,12 +96,12 @@ impl Weight {
     }
 
     /// Whether all its tensors have these extents.
-    pub(super) fn has_extents(&self, extents: &[i64]) -> bool {
+    pub(crate) fn has_extents(&self, extents: &[i64]) -> bool {
         self.values().size() == extents && self.leaf().is_none_or(|leaf| leaf.size() == extents)
     }
 
     /// Its values as `kind`. Where gradients are recorded the cast is, too: they come back in fp32.
-    pub(super) fn at_use(&self, kind: Kind) -> Result<Tensor, TchError> {
+    pub(crate) fn at_use(&self, kind: Kind) -> Result<Tensor, TchError> {
         match self {
             Self::Copy { leaf, copy } => torch::copy_at_use(leaf, copy).map_err(refused)?.f_to_kind(kind),
             Self::Leaf(values) | Self::Frozen(values) | Self::Base(values) => values.f_to_kind(kind),

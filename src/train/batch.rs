@@ -119,8 +119,13 @@ impl Batches {
         })
     }
 
-    /// The sequences to train on at these positions of the run's cursor.
-    pub fn at_positions(&mut self, positions: Range<u64>) -> Result<&Batch, BatchError> {
+    /// The batch that was read last.
+    pub fn newest(&self) -> Option<&Batch> {
+        self.batch.as_ref()
+    }
+
+    /// Reads the sequences to train on at these positions of the run's cursor.
+    pub fn at_positions(&mut self, positions: Range<u64>) -> Result<(), BatchError> {
         let sampler = self.sampler;
         self.read(Split::Train, positions, |position| sampler.sample_at(position).1)
     }
@@ -169,7 +174,7 @@ impl Batches {
         Ok(())
     }
 
-    fn read(&mut self, split: Split, at: Range<u64>, sample: impl Fn(u64) -> u64) -> Result<&Batch, BatchError> {
+    fn read(&mut self, split: Split, at: Range<u64>, sample: impl Fn(u64) -> u64) -> Result<(), BatchError> {
         let (window, buffers) = (self.length as usize + 1, &mut self.buffers);
         let count = usize::try_from(at.end.saturating_sub(at.start)).unwrap_or(usize::MAX);
         buffers.tokens.resize(count.saturating_mul(window), 0);
@@ -181,7 +186,8 @@ impl Batches {
             .and_then(|batch| batch.f_to_device(self.device));
         let tokens = torch::tch_result("make batch", tensor)?;
         if !self.dataset.has_marks() {
-            return Ok(self.batch.insert(Batch::plain(&tokens)?));
+            self.batch = Some(Batch::plain(&tokens)?);
+            return Ok(());
         }
         buffers.starts.clear();
         buffers.documents.clear();
@@ -195,6 +201,7 @@ impl Batches {
         }
         let mut spans = self.batch.take().map_or_else(Spans::whole, |batch| batch.spans);
         spans.set(buffers.rows(), self.length, self.device)?;
-        Ok(self.batch.insert(Batch::marked(&tokens, &buffers.targets, spans)?))
+        self.batch = Some(Batch::marked(&tokens, &buffers.targets, spans)?);
+        Ok(())
     }
 }

@@ -4,8 +4,8 @@
 //! results go:
 //!
 //! ```text
-//! build      model ──► strategy lays out the state ──► Built { state }                       (no peers yet)
-//! start      peers, data ──► Training
+//! build      lesson (model, data) ──► strategy lays out the state ──► Built { state }                       (no peers yet)
+//! start      peers ──► Training
 //! step k     forward_backward: batch → passes, gradients reduced behind the last    │ the state is still that of k-1
 //!            update: norm → clip → optimizer → exchange of weights                  │ the state changes
 //!            evaluate: held-out loss                                                │ the state is that of k
@@ -22,6 +22,7 @@
 #![doc = include_str!("README.md")]
 
 mod batch;
+mod lesson;
 mod optim;
 mod partition;
 mod schedule;
@@ -31,5 +32,6 @@ pub mod strategy;
 
 pub use self::{
     batch::Batches,
+    lesson::{Language, Lesson, Own},
     step::{Built, HeldOut, Pass, Place, Training, Update},
 };

@@ -5,17 +5,16 @@ use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 
 use super::{
-    batch::Batches,
+    lesson::{Lesson, Loss},
     schedule,
     state::State,
     strategy::{self, Layout, Peers, Strategy},
 };
 use crate::{
-    config::{self, DataConfig, ModelConfig, ParallelConfig, TrainConfig, share},
+    config::{self, DataConfig, ParallelConfig, TrainConfig, share},
     data::sampler::batch as positions,
-    error::{Context, Error, Kind, Result},
+    error::{Error, Kind, Result},
     ids::{Rank, Step, WorldSize},
-    model::{self, BuildSettings, Model},
     protocol::HeldOutSum,
     torch,
 };
@@ -31,51 +30,42 @@ pub struct Place {
     pub device: Device,
 }
 
-/// A model and its state, before data and peers are there.
+/// A lesson and its state, before peers are there.
 pub struct Built {
     /// To be listed, loaded and captured.
     pub state: State,
     /// The weights that adapters are trained beside; empty if there are no adapters.
     pub base: State,
-    model: Box<dyn Model>,
+    lesson: Box<dyn Lesson>,
     layout: Box<dyn Layout>,
     train: TrainConfig,
     place: Place,
 }
 
 impl Built {
-    /// The model of `model`, with fresh weights if they are to be drawn (`draw`); otherwise with arbitrary ones, which
-    /// are loaded afterwards. If there are adapters, they are what is drawn; their base is loaded in any case.
+    /// Lays out the parameters of `lesson`, which the strategy may replace.
     pub fn new(
-        model: &ModelConfig,
+        mut lesson: Box<dyn Lesson>,
         train: TrainConfig,
         parallel: &ParallelConfig,
         place: Place,
-        draw: bool,
     ) -> Result<Self> {
-        let Place { rank, world, device } = place;
-        let settings = BuildSettings { device, precision: train.precision, seed: draw.then_some(train.seed) };
-        let built = match &model.lora {
-            None => model::build(model.kind, &model.config, &settings),
-            Some(lora) => model::lora::build(model.kind, &model.config, &settings, lora),
-        };
-        let mut model = built.context("build model")?;
-        let base = State::of_base(model.as_ref())?;
-        let (state, layout) = strategy::lay_out(parallel, train.precision, model.as_mut(), rank, world)?;
-        Ok(Self { state, base, model, layout, train, place })
+        let Place { rank, world, .. } = place;
+        let base = State::of_base(lesson.leaves())?;
+        let (state, layout) = strategy::lay_out(parallel, train.precision, lesson.leaves_mut(), rank, world)?;
+        Ok(Self { state, base, lesson, layout, train, place })
     }
 
     /// Ready for the first step. The state must be loaded by then.
-    pub fn start(self, data: &DataConfig, batches: Batches, peers: Peers) -> Result<Training> {
-        let Self { model, layout, train, place, .. } = self;
+    pub fn start(self, data: &DataConfig, peers: Peers) -> Result<Training> {
+        let Self { lesson, layout, train, place, .. } = self;
         Ok(Training {
             strategy: layout.connect(peers)?,
             validation_every: data.validation_every,
             validation_sequences: data.validation_sequences,
             train,
             place,
-            model,
-            batches,
+            lesson,
         })
     }
 }
@@ -86,8 +76,7 @@ pub struct Training {
     validation_every: u64,
     validation_sequences: u32,
     place: Place,
-    model: Box<dyn Model>,
-    batches: Batches,
+    lesson: Box<dyn Lesson>,
     strategy: Box<dyn Strategy>,
 }
 
@@ -113,10 +102,6 @@ pub struct Update {
 #[derive(Clone, Debug, PartialEq)]
 pub struct HeldOut(pub Vec<HeldOutSum>);
 
-/// Losses of single targets are rounded to multiples of this: sums of them are exact up to half a thousand million, so
-/// they are the same however the targets are spread over passes and ranks, and in whatever order they are added.
-const LOSS_UNIT: f64 = 1.0 / (1 << 24) as f64;
-
 impl Training {
     /// Gradients of `step`, reduced under the last backward pass.
     pub fn forward_backward(&mut self, step: Step) -> Result<Pass> {
@@ -126,20 +111,20 @@ impl Training {
         let mut data = reading.elapsed();
         let mut cursor = positions(step, self.train.global_batch, rank, world).start;
         let mut total: Option<Tensor> = None;
-        for config::Pass { sequences, last } in self.batches.passes().iter() {
+        for config::Pass { sequences, last } in self.lesson.passes().iter() {
             // Whatever is drawn for these sequences depends on their place in the run, not on who computes them.
             torch::manual_seed(pass_seed(self.train.seed, cursor))?;
             let reading = Instant::now();
             let end = cursor + u64::from(sequences);
-            let batch = self.batches.at_positions(cursor..end)?;
+            self.lesson.read(cursor..end)?;
             cursor = end;
             data += reading.elapsed();
 
             // The weights are read from here on.
             self.strategy.settle()?;
-            let loss = self.model.batch_loss(batch)?;
-            let divisor = config::divisor(step_targets, batch.targets.count(), world);
-            let loss = torch::tch_result("scale loss", loss.f_div_scalar(divisor))?;
+            let Loss { mean, targets } = self.lesson.loss()?;
+            let divisor = config::divisor(step_targets, targets, world);
+            let loss = torch::tch_result("scale loss", mean.f_div_scalar(divisor))?;
             self.strategy.backward(&loss, last)?;
             let loss = loss.detach();
             total = Some(match total {
@@ -155,15 +140,8 @@ impl Training {
     /// any has no loss, and an update would only let weights decay: it is refused by all ranks alike.
     fn targets(&self, step: Step) -> Result<u64> {
         let global_batch = self.train.global_batch;
-        let targets = self.batches.targets(positions(step, global_batch, Rank(0), WorldSize(1)))?;
-        if targets > 0 {
-            return Ok(targets);
-        }
-        let what = format!("none of the {global_batch} sequences of step {step} has a token to learn");
-        Err(Error::new(Kind::Config, what).with_hint(
-            "raise train.global_batch, or prepare the data with --pack --sequence-length, so that sequences have whole \
-             answers",
-        ))
+        let targets = self.lesson.targets(positions(step, global_batch, Rank(0), WorldSize(1)))?;
+        if targets > 0 { Ok(targets) } else { Err(self.lesson.nothing_to_learn(step, global_batch)) }
     }
 
     /// The update of `step` from its gradients, which are zero afterwards. The state changes here alone.
@@ -189,33 +167,23 @@ impl Training {
     /// Whether the held-out loss is measured after the step `done`.
     pub fn evaluation_is_due(&self, done: Step) -> bool {
         let (every, done) = (self.validation_every, done.get());
-        self.batches.held_out() > 0 && every > 0 && (done.is_multiple_of(every) || done == self.train.steps)
+        self.lesson.held_out() > 0 && every > 0 && (done.is_multiple_of(every) || done == self.train.steps)
     }
 
     /// The held-out loss over this rank's share; `None`: abandoned, since `is_over` said before a pass that nobody
     /// waits for it.
     pub fn evaluate(&mut self, is_over: impl Fn() -> bool) -> Result<Option<HeldOut>> {
-        let count = self.batches.held_out().min(u64::from(self.validation_sequences));
+        let count = self.lesson.held_out().min(u64::from(self.validation_sequences));
         let mut samples = share(count, self.place.rank, self.place.world);
         self.strategy.settle()?;
-        let mut sums: Vec<HeldOutSum> = self.batches.source_names().map(HeldOutSum::of).collect();
+        let mut sums = self.lesson.sums();
         while !samples.is_empty() {
             if is_over() {
                 return Ok(None);
             }
             let end = (samples.start + u64::from(self.train.max_micro_batch)).min(samples.end);
-            let (batch, sources) = self.batches.held_out_at(samples.start..end, count)?;
+            self.lesson.measure(samples.start..end, count, &mut sums)?;
             samples.start = end;
-            let losses = tch::no_grad(|| self.model.target_losses(batch))?;
-            let losses = torch::tch_result("read losses", Vec::<f32>::try_from(&losses))?;
-            for (at, loss) in losses.into_iter().enumerate() {
-                // Data without sources has one sum, and no list of them.
-                let source = sources.get(at).copied().unwrap_or(0);
-                if let Some(sum) = sums.get_mut(usize::from(source)) {
-                    sum.loss += (f64::from(loss) / LOSS_UNIT).round() * LOSS_UNIT;
-                    sum.targets += 1;
-                }
-            }
         }
         Ok(Some(HeldOut(sums)))
     }
@@ -242,10 +210,11 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::{self, ModelKind, OptimizerConfig, Precision, ScheduleConfig, ScheduleKind},
+        config::{self, ModelConfig, ModelKind, OptimizerConfig, Precision, ScheduleConfig, ScheduleKind},
         data::Dataset,
         snapshot::plan::plan,
         torch::{LIMIT, ProcessGroup, ranks, store_bytes},
+        train::{Batches, Language},
     };
 
     /// What a run says, and a folder with its data.
@@ -333,16 +302,17 @@ mod tests {
             // Values that are not loaded show.
             train.seed += 1;
         }
-        let mut built = Built::new(&run.model, train, &run.parallel, place, true).unwrap();
+        let dataset = Dataset::open(run.folder.path()).unwrap();
+        let batches = Batches::new(dataset, run.data.sequence_length, &run.train, place).unwrap();
+        let lesson = Language::new(&run.model, &train, place, true, batches).unwrap();
+        let mut built = Built::new(Box::new(lesson), train, &run.parallel, place).unwrap();
         if let Some(files) = from {
             built.state.load(files, false).unwrap();
         }
         built.train.seed = run.train.seed;
-        let dataset = Dataset::open(run.folder.path()).unwrap();
-        let batches = Batches::new(dataset, run.data.sequence_length, &run.train, place).unwrap();
-        let Built { state, base, model, layout, train, place } = built;
-        let built = Built { state: State::new(model.as_ref(), &[]).unwrap(), base, model, layout, train, place };
-        (built.start(&run.data, batches, Peers::new(group)).unwrap(), state)
+        let Built { state, base, lesson, layout, train, place } = built;
+        let built = Built { state: State::new(lesson.leaves(), &[]).unwrap(), base, lesson, layout, train, place };
+        (built.start(&run.data, Peers::new(group)).unwrap(), state)
     }
 
     /// The bits of each step's loss and norm.
@@ -423,7 +393,7 @@ mod tests {
         let of = |max_micro_batch| {
             let run = run(config::Strategy::Ddp, Precision::Fp32, max_micro_batch);
             let (mut training, _) = rank(&run, None, None);
-            assert_eq!(training.batches.passes().iter().count() as u32, 8 / max_micro_batch);
+            assert_eq!(training.lesson.passes().iter().count() as u32, 8 / max_micro_batch);
             train(&mut training, 1..=4).into_iter().flatten().map(f64::from_bits).collect::<Vec<_>>()
         };
         let one = of(8);
@@ -443,9 +413,9 @@ mod tests {
             let mut total: Option<Tensor> = None;
             for number in 0..count {
                 let begin = all.start + number * size;
-                let batch = training.batches.at_positions(begin..begin + size).unwrap();
+                training.lesson.read(begin..begin + size).unwrap();
                 training.strategy.settle().unwrap();
-                let loss = training.model.batch_loss(batch).unwrap().f_div_scalar(count as f64).unwrap();
+                let loss = training.lesson.loss().unwrap().mean.f_div_scalar(count as f64).unwrap();
                 training.strategy.backward(&loss, number + 1 == count).unwrap();
                 let loss = loss.detach();
                 total = Some(total.map_or_else(|| loss.shallow_clone(), |sum| sum.f_add(&loss).unwrap()));

@@ -35,6 +35,7 @@ use crate::{
     protocol::{FromWorker, SaveOrder, StepReport},
     shortage::is_out_of_memory,
     snapshot::{capture::Capture, mode::CaptureMode},
+    task::TaskError,
     torch,
     train::{HeldOut, Pass, Training, Update, state::Replicated},
 };
@@ -108,7 +109,7 @@ impl Worker {
             if let Some(limit) = self.patience.change(after) {
                 self.training.set_patience(limit)?;
             }
-            let Pass { loss, data } = self.training.forward_backward(step)?;
+            let Pass { loss, data } = self.training.forward_backward(step).map_err(|error| at(step, error))?;
             // The last moment at which the state of step `done` still stands.
             self.finish_capture()?;
             let Update { grad_norm, lr } = self.training.update(step)?;
@@ -187,7 +188,9 @@ impl Worker {
     /// The validation loss over this rank's share; abandoned at once when the run is to end early.
     fn evaluate(&mut self, gate: &StepGate) -> Result<()> {
         let (step, last) = (self.done, self.last);
-        if let Some(HeldOut(sums)) = self.training.evaluate(|| gate.is_ending(step) && step < last)? {
+        let measured =
+            self.training.evaluate(|| gate.is_ending(step) && step < last).map_err(|error| at(step, error))?;
+        if let Some(HeldOut(sums)) = measured {
             self.link.tell(&FromWorker::Validated { step, sums });
         }
         Ok(())
@@ -199,6 +202,11 @@ impl Worker {
             gate.wait_for_verdict(self.done);
         }
     }
+}
+
+/// A task's own error, with the step that it came in.
+fn at(step: Step, error: Error) -> Error {
+    if error.comes_of::<TaskError>() { error.context(format!("step {step}")) } else { error }
 }
 
 fn injected(fault: faults::Injected) -> Error {

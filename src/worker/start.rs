@@ -20,6 +20,7 @@ use super::{
     task::Task,
 };
 use crate::{
+    config::OwnTask,
     data::{Dataset, identity},
     error::{Context, Error, Kind, Result},
     faults::{self, At},
@@ -27,8 +28,9 @@ use crate::{
     protocol::{Assignment, BASE_FD, FromWorker, SLOT_FDS, SaveOrder, ToWorker},
     random::mix,
     snapshot::{capture::Capture, image::SharedImage, plan::ImagePlan},
+    task,
     torch::{self, Backend, HostCopier, ProcessGroup},
-    train::{Batches, Built, Place, state::State, strategy::Peers},
+    train::{Batches, Built, Language, Lesson, Own, Place, state::State, strategy::Peers},
 };
 
 const COPY_THREADS: usize = 2;
@@ -52,11 +54,17 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let place = Place { rank, world, device: device::pick(task.parallel.device, local_rank)? };
     // Weights that are to be loaded need not be drawn first. Adapters begin fresh, whatever they are added to.
     let draw = resume_step == Step(0) && (task.model.init_from.is_none() || task.model.lora.is_some());
-    let mut built = Built::new(&task.model, task.train.clone(), &task.parallel, place, draw)?;
+    let lesson: Box<dyn Lesson> = match task.model.task() {
+        None => {
+            let batches = Batches::new(dataset(&data_dir, &data)?, task.data.sequence_length, &task.train, place)?;
+            Box::new(Language::new(&task.model, &task.train, place, draw, batches)?)
+        }
+        Some(own) => Box::new(Own::new(opened(&own, &data)?, &task.train, place, draw)?),
+    };
+    let mut built = Built::new(lesson, task.train.clone(), &task.parallel, place)?;
     let (tensors, parameters) = (built.state.specs().to_vec(), built.state.trained());
     link.tell(&FromWorker::Built { tensors, device: device_name(place.device), parameters });
 
-    let batches = Batches::new(dataset(&data_dir, &data)?, task.data.sequence_length, &task.train, place)?;
     let group = if world.get() > 1 { Some(meet(orders, served, generation, place, limit)?) } else { None };
     let capture = match orders.next() {
         ToWorker::Layout { plan, base } => capture(&plan, base, &built.state, place)?,
@@ -93,7 +101,7 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     if let Some(group) = &group {
         group.set_timeout(patience.limit())?;
     }
-    let training = built.start(&task.data, batches, Peers::new(group))?;
+    let training = built.start(&task.data, Peers::new(group))?;
     let (link, done, last) = (link.clone(), resume_step, Step(task.train.steps));
     let may_stop_early = task.train.early_stopping.is_some();
     let stalled = Duration::ZERO;
@@ -153,6 +161,16 @@ fn dataset(data_dir: &Path, data: &DatasetId) -> Result<Dataset> {
         return Err(Error::new(Kind::Config, what).with_hint("give the same command again, which says what to do"));
     }
     Ok(dataset)
+}
+
+/// The run's own task, on the data that its agent found.
+fn opened(own: &OwnTask, data: &DatasetId) -> Result<task::Opened> {
+    let opened = task::open(own)?;
+    if opened.data() != *data {
+        let what = format!("the data of task {} was replaced while the run was prepared", own.name);
+        return Err(Error::new(Kind::Config, what).with_hint("give the same command again, which says what to do"));
+    }
+    Ok(opened)
 }
 
 fn capture(plan: &ImagePlan, base: u64, state: &State, place: Place) -> Result<Capture> {

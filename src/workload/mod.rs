@@ -3,10 +3,12 @@
 //!
 //! An agent knows steps, slots, image plans, metrics and exit statuses. What is particular to training a model is here:
 //! its datasets, the checks of model and data against each other, the weights that a run starts from, the small files
-//! that make a checkpoint a model folder, and the words that name its settings. There is one kind of work, training;
-//! another one would make [`Workload`] and `config::TrainTask` enums, behind the same methods.
+//! that make a checkpoint a model folder, and the words that name its settings. There is one kind of work, training; of
+//! a language model on tokens, or of a program's own task. A work of another kind would make [`Workload`] and
+//! `config::TrainTask` enums, behind the same methods.
 //!
 //! - `prepare`: everything that a configuration names, checked and fetched; `loopback`, whether ranks reach each other
+//! - `own`: the same for a program's own [`task`](crate::task)
 //! - `provenance`: whether data and checkpoints are those that the run was made of
 //! - [`initial`], `companions`: a model folder's weights and tokenizer, and the files taken along into checkpoints
 //! - [`Base`]: the weights that adapters are trained beside
@@ -34,6 +36,7 @@ mod command;
 mod companions;
 mod inherited;
 mod loopback;
+mod own;
 mod prepare;
 mod provenance;
 mod reports;
@@ -41,6 +44,7 @@ mod reports;
 use std::{
     net::{IpAddr, SocketAddr},
     num::NonZeroU64,
+    path::PathBuf,
     process::Command,
 };
 
@@ -51,7 +55,7 @@ pub use self::{
     collectives::{Collectives, Recorder},
     companions::Files,
     prepare::Site,
-    provenance::{MadeOf, names_data, newest_usable},
+    provenance::{DATA, MadeOf, names_data, newest_usable},
     reports::{Diverged, Figures, Measured, Outline, Progress, Reports},
 };
 use crate::{
@@ -67,6 +71,15 @@ use crate::{
     worker::task::Task,
 };
 
+/// The data of a run.
+#[derive(Debug)]
+enum Data {
+    /// Tokens, which stay on this machine while this value exists.
+    Tokens(LocalDataset),
+    /// A program's own task has its own.
+    Own,
+}
+
 /// The work of a run on this node, prepared: everything that it names was checked, and its data is on this machine.
 #[derive(Debug)]
 pub struct Workload {
@@ -74,8 +87,7 @@ pub struct Workload {
     /// For the places that the task names.
     storage: StorageConfig,
     workers: u32,
-    /// Stays on this machine while this value exists.
-    data: LocalDataset,
+    data: Data,
     /// Which data it is.
     identity: DatasetId,
     /// Sequences of one pass over the data.
@@ -94,7 +106,7 @@ impl Workload {
             task: config.workload,
             storage: config.storage,
             workers: 0,
-            data: LocalDataset::unread("/nowhere".into()),
+            data: Data::Tokens(LocalDataset::unread("/nowhere".into())),
             identity: DatasetId { index: "0".repeat(16), vocabulary: "1".repeat(16) },
             sequences: NonZeroU64::MIN,
             companions: Files::new(),
@@ -145,12 +157,17 @@ impl Workload {
 
     /// Waits until all of the data has been verified against its checksums.
     pub async fn verify(&self) -> Result<()> {
-        Ok(self.data.verify().await?)
+        match &self.data {
+            Data::Tokens(dataset) => Ok(dataset.verify().await?),
+            Data::Own => Ok(()),
+        }
     }
 
     /// A dataset in a folder may be replaced at any moment: it must still be the one that was checked.
     pub fn is_still_there(&self) -> Result<()> {
-        if identity::is_still(self.data.dir(), &self.identity.index)? {
+        // A task's data is looked at by each worker that starts.
+        let Data::Tokens(dataset) = &self.data else { return Ok(()) };
+        if identity::is_still(dataset.dir(), &self.identity.index)? {
             return Ok(());
         }
         let what = format!("the dataset {} was replaced while this run used it", self.task.data.train);
@@ -194,7 +211,10 @@ impl Workload {
     ) -> Result<Assignment> {
         let task = Task {
             config: self.task.clone(),
-            data_dir: self.data.dir().to_owned(),
+            data_dir: match &self.data {
+                Data::Tokens(dataset) => dataset.dir().to_owned(),
+                Data::Own => PathBuf::new(),
+            },
             data: self.identity.clone(),
             base: self.base.as_ref().map_or_else(Vec::new, |base| base.places().to_vec()),
         };

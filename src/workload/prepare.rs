@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Base, Workload,
+    Base, Data, Workload,
     companions::{self, Tokens},
     initial, loopback, provenance,
 };
@@ -20,6 +20,7 @@ use crate::{
     model,
     report::{Event, Reporter},
     storage::Store,
+    task,
 };
 
 /// Where a workload is prepared.
@@ -38,12 +39,15 @@ impl Workload {
     /// been verified.
     pub async fn of_new_run(config: &RunConfig, site: Site<'_>) -> Result<Self> {
         let TrainTask { model, .. } = &config.workload;
+        if let Some(own) = model.task() {
+            return Self::of_task(config, &own, site).await;
+        }
         model::check_description(model.kind, &model.config)?;
         if let Some(lora) = &model.lora {
             model::lora::target_modules(model.kind, &model.config, lora)?;
         }
         let mut workload = Self::prepare(config, site).await?;
-        workload.companions = companions::of_new_run(config, workload.data.dir(), site.reporter).await?;
+        workload.companions = companions::of_new_run(config, workload.tokens()?, site.reporter).await?;
         if let (Some(lora), Some(uri)) = (&mut workload.task.model.lora, &model.init_from) {
             reading_base(&site);
             let folder = initial::open(uri, &config.storage)?;
@@ -64,10 +68,15 @@ impl Workload {
         state: &RunState,
         accepted: bool,
     ) -> Result<Self> {
+        if let Some(own) = config.workload.model.task() {
+            let workload = Self::of_task(config, &own, site).await?;
+            provenance::data_agrees(state, &workload, accepted)?;
+            return Ok(workload);
+        }
         let mut workload = Self::prepare(config, site).await?;
         provenance::data_agrees(state, &workload, accepted)?;
         let holders = companions::holders(state);
-        if let Some(files) = companions::of_existing_run(config, workload.data.dir(), run, &holders).await? {
+        if let Some(files) = companions::of_existing_run(config, workload.tokens()?, run, &holders).await? {
             workload.companions = files;
         }
         let model = &config.workload.model;
@@ -78,12 +87,18 @@ impl Workload {
         Ok(workload)
     }
 
+    /// The folder of its tokens.
+    fn tokens(&self) -> Result<&Path> {
+        match &self.data {
+            Data::Tokens(dataset) => Ok(dataset.dir()),
+            Data::Own => Err(Error::new(Kind::Bug, "a task has no tokens")),
+        }
+    }
+
     async fn prepare(config: &RunConfig, site: Site<'_>) -> Result<Self> {
-        let TrainTask { model, data: wanted, train, parallel } = &config.workload;
-        provenance::compute_device(parallel.device).await?;
-        let workers = workers_per_node(parallel, site.nproc_per_node, &Machine::detect());
-        Spread::new(train.global_batch, WorldSize(workers), train.max_micro_batch)?;
-        loopback::check(workers)?;
+        let TrainTask { model, data: wanted, .. } = &config.workload;
+        task::check_language_model()?;
+        let workers = workers(&config.workload, site).await?;
         site.reporter.event(&Event::Phase { doing: "opening the token shards".into() });
         let shown = |progress: data::cache::CacheProgress| {
             tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");
@@ -107,7 +122,7 @@ impl Workload {
             let message = format!("{} holds no sequence of {length} tokens", wanted.train);
             Error::new(Kind::Config, message).with_hint("shorten data.sequence_length or prepare more data")
         })?;
-        if train.early_stopping.is_some() && dataset.samples(Split::Validation, length) == 0 {
+        if config.workload.train.early_stopping.is_some() && dataset.samples(Split::Validation, length) == 0 {
             let message = format!(
                 "{} holds no sequence of {length} tokens for validation, by which train.early_stopping decides",
                 wanted.train
@@ -124,10 +139,20 @@ impl Workload {
             sequences,
             base: None,
             companions: companions::plain(&config.workload, &Tokens::of(data.dir(), dataset.index())?)?,
-            data,
+            data: Data::Tokens(data),
             identity,
         })
     }
+}
+
+/// Workers on this node, for a step that has a sample for each of them.
+pub(super) async fn workers(task: &TrainTask, site: Site<'_>) -> Result<u32> {
+    let TrainTask { train, parallel, .. } = task;
+    provenance::compute_device(parallel.device).await?;
+    let workers = workers_per_node(parallel, site.nproc_per_node, &Machine::detect());
+    Spread::new(train.global_batch, WorldSize(workers), train.max_micro_batch)?;
+    loopback::check(workers)?;
+    Ok(workers)
 }
 
 fn reading_base(site: &Site<'_>) {

@@ -44,14 +44,34 @@ pub async fn compute_device(wanted: Device) -> Result<()> {
 
 /// Whether these changes of settings, as the journal keeps them, name other data.
 pub fn names_data(overrides: &[(String, String)]) -> bool {
-    overrides.iter().any(|(key, _)| key == "data.train")
+    overrides.iter().any(|(key, _)| DATA.contains(&key.as_str()))
 }
+
+/// The settings that lead to data. A task's own settings may, too.
+pub const DATA: [&str; 2] = ["data.train", "task.settings"];
 
 /// Checks the local data against the data that the run's newest generation was trained on. `accepted`: a person has
 /// named it.
 pub fn data_agrees(state: &RunState, workload: &Workload, accepted: bool) -> Result<()> {
     let Some(known) = state.data() else { return Ok(()) };
+    if let Some(own) = workload.task.model.task() {
+        return same_data_of_task(known, &workload.identity, accepted, &own.name, state.run_id());
+    }
     same_data(known, &workload.identity, accepted, &workload.task.data.train, state.run_id())
+}
+
+fn same_data_of_task(known: &DatasetId, now: &DatasetId, accepted: bool, task: &str, run_id: &RunId) -> Result<()> {
+    if known == now || accepted {
+        return Ok(());
+    }
+    let what = format!(
+        "task {task} has other data than run {run_id} was trained on: its identity has CRC64 {}, that of the run {}",
+        now.index, known.index
+    );
+    Err(Error::new(Kind::Config, what).with_hint(format!(
+        "put the run's data back, or train on this data from here on by naming the setting that leads to it, with its \
+         value: --set task.settings.KEY=VALUE on resuming run {run_id}"
+    )))
 }
 
 fn same_data(known: &DatasetId, now: &DatasetId, accepted: bool, uri: &str, run_id: &RunId) -> Result<()> {

@@ -188,6 +188,15 @@ pub fn records_of_version_6() -> Vec<Record> {
     ]
 }
 
+/// What version 6 of the journal has added for programs with a task of their own.
+pub fn records_of_tasks() -> Vec<Record> {
+    let mut config = config();
+    let settings = serde_json::json!({ "channels": 8, "noise": 0.5, "shapes": null, "inner": { "list": [1, 2] } });
+    config.workload.model = ModelConfig::of_task(&OwnTask { name: "shapes".into(), version: 3, settings });
+    (config.workload.data.train, config.workload.data.sequence_length) = (String::new(), 1);
+    vec![Record::Created { run_id: run_id(), config: Box::new(config) }]
+}
+
 /// One record of each kind of version 1 of the journal.
 pub fn records() -> Vec<Record> {
     let (step, generation) = (Step(1200), Generation(3));

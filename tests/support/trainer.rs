@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{BufRead, BufReader, Read},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
@@ -80,9 +80,13 @@ pub struct Trainer {
 impl Trainer {
     /// `trainer` with these arguments, in `dir`, isolated from the caller's environment.
     pub fn new(dir: &Path, arguments: &[&str]) -> Self {
+        Self::of(Path::new(env!("CARGO_BIN_EXE_trainer")), dir, arguments)
+    }
+    /// Another program that is built on the library, in the same way.
+    pub fn of(program: &Path, dir: &Path, arguments: &[&str]) -> Self {
         static SERIAL: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         let mark = format!("{}-{}", std::process::id(), SERIAL.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
-        let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
+        let mut command = Command::new(program);
         command.current_dir(dir).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
@@ -632,6 +636,27 @@ pub fn losses(lives: &[&Finished]) -> Losses {
         }
     }
     all
+}
+
+/// The example of this name. `cargo test` builds examples beside its tests; one that is missing or older than `trainer`
+/// is built now, because `cargo test --test integration` builds none.
+pub fn example(name: &str, source: &str) -> PathBuf {
+    let trainer = Path::new(env!("CARGO_BIN_EXE_trainer"));
+    let folder = trainer.parent().expect("a folder of binaries");
+    let program = folder.join("examples").join(name);
+    let time = |path: &Path| std::fs::metadata(path).and_then(|found| found.modified()).ok();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(source);
+    if time(&program) < time(trainer) || time(&program) < time(&source) {
+        let mut build = Command::new(env!("CARGO"));
+        build.current_dir(env!("CARGO_MANIFEST_DIR")).args(["build", "--offline", "--example", name]);
+        build.arg("--target-dir").arg(folder.parent().expect("the target folder"));
+        if folder.ends_with("release") {
+            build.arg("--release");
+        }
+        let output = build.output().expect("start cargo");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    program
 }
 
 /// Reads a whole file.

@@ -58,7 +58,7 @@ use crate::{
 /// Small files that make weights a model, in the order in which they are written.
 fn small_names() -> impl Iterator<Item = &'static str> {
     let last = [layout::TOKENIZER, layout::GENERATION_CONFIG, layout::ADAPTER_CONFIG, layout::MODEL_CONFIG];
-    layout::TOKENIZER_FILES.into_iter().chain(last)
+    layout::TOKENIZER_FILES.into_iter().chain(last).chain([layout::TASK])
 }
 
 /// The destination of an export.

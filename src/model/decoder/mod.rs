@@ -23,7 +23,7 @@ use self::{
     },
 };
 use super::{
-    BuildSettings, Doing, Model, ModelError, Parameter, Positions, Spans, Stage, Targets, Weight, init,
+    BuildSettings, Doing, Leaves, Model, ModelError, Parameter, Positions, Spans, Stage, Targets, Weight, init,
     lora::Adapter,
     loss::{linear_cross_entropy, linear_losses},
     rope::{RopeTable, Turns},
@@ -332,7 +332,7 @@ fn rounded(constant: f64, precision: Precision) -> f64 {
     }
 }
 
-impl Model for Decoder {
+impl Leaves for Decoder {
     fn parameters(&self) -> &[Parameter] {
         &self.parameters
     }
@@ -356,6 +356,12 @@ impl Model for Decoder {
         Ok(())
     }
 
+    fn device(&self) -> Device {
+        self.device
+    }
+}
+
+impl Model for Decoder {
     fn adapt(&mut self, adapters: Vec<Parameter>, scale: f64) -> Result<(), ModelError> {
         self.parameters.extend(adapters);
         self.adapted = Some(scale);
@@ -425,10 +431,6 @@ impl Model for Decoder {
 
     fn max_sequence_length(&self) -> u32 {
         self.config.context.positions
-    }
-
-    fn device(&self) -> Device {
-        self.device
     }
 }
 

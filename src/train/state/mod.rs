@@ -33,7 +33,7 @@ use super::partition::{Partition, Piece};
 use crate::{
     error::{Error, Kind as ErrorKind, Result},
     ids::Rank,
-    model::{Model, Parameter},
+    model::{Leaves, Parameter},
     snapshot::plan::{Dtype, Part, ShardKind, TensorSpec},
     torch,
 };
@@ -96,14 +96,14 @@ pub struct State {
 
 impl State {
     /// The state of `model`, row by row.
-    pub fn new(model: &dyn Model, rows: &[Row<'_>]) -> Result<Self> {
+    pub fn new(model: &dyn Leaves, rows: &[Row<'_>]) -> Result<Self> {
         let own: Vec<&Parameter> = model.parameters().iter().filter(|parameter| !parameter.is_base()).collect();
         let adapters = own.len() < model.parameters().len();
         Self::of(&own, adapters, rows)
     }
 
     /// The base of a model with adapters: to be loaded, and to be compared. Of other models it is empty.
-    pub fn of_base(model: &dyn Model) -> Result<Self> {
+    pub fn of_base(model: &dyn Leaves) -> Result<Self> {
         let base: Vec<&Parameter> = model.parameters().iter().filter(|parameter| parameter.is_base()).collect();
         Self::of(&base, false, &[Row { role: Role::Weight, tensors: Tensors::OfModel }])
     }

@@ -13,12 +13,12 @@ use crate::{
     config::OptimizerConfig,
     error::Result,
     ids::Step,
-    model::Model,
+    model::Leaves,
     torch::{ProcessGroup, Reducer, Reduction, TorchError},
     train::state::State,
 };
 
-pub(super) fn lay_out(model: &dyn Model, buckets: Buckets) -> Result<(State, Box<dyn Layout>)> {
+pub(super) fn lay_out(model: &dyn Leaves, buckets: Buckets) -> Result<(State, Box<dyn Layout>)> {
     let (state, replica) = Replica::lay_out(model)?;
     Ok((state, Box::new(Unconnected { replica, buckets })))
 }

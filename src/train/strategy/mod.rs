@@ -35,7 +35,7 @@ use crate::{
     config::{self, OptimizerConfig, ParallelConfig, Precision},
     error::{Context, Error, Kind, Result},
     ids::{Rank, Step, WorldSize},
-    model::{Model, Parameter},
+    model::{Leaves, Parameter},
     torch::{ProcessGroup, TorchError},
 };
 
@@ -125,7 +125,7 @@ impl Buckets {
 pub fn lay_out(
     config: &ParallelConfig,
     precision: Precision,
-    model: &mut dyn Model,
+    model: &mut dyn Leaves,
     rank: Rank,
     world: WorldSize,
 ) -> Result<(State, Box<dyn Layout>)> {
@@ -136,7 +136,7 @@ fn choose(
     wanted: config::Strategy,
     buckets: Buckets,
     precision: Precision,
-    model: &mut dyn Model,
+    model: &mut dyn Leaves,
     rank: Rank,
     world: WorldSize,
 ) -> Result<(State, Box<dyn Layout>)> {
@@ -160,7 +160,7 @@ const SMALL: Buckets = Buckets { first: 1000, rest: 9000 };
 pub(super) fn lay_out_small(
     wanted: config::Strategy,
     precision: Precision,
-    model: &mut dyn Model,
+    model: &mut dyn Leaves,
     rank: Rank,
     world: WorldSize,
 ) -> Result<(State, Box<dyn Layout>)> {
@@ -168,6 +168,6 @@ pub(super) fn lay_out_small(
 }
 
 /// The leaves of the trained parameters, in the order of the model's.
-fn leaves(model: &dyn Model) -> Vec<Tensor> {
+fn leaves(model: &dyn Leaves) -> Vec<Tensor> {
     model.parameters().iter().filter_map(Parameter::leaf).map(Tensor::shallow_clone).collect()
 }

@@ -10,7 +10,7 @@ use crate::{
     config::OptimizerConfig,
     error::Result,
     ids::Step,
-    model::Model,
+    model::Leaves,
     torch::{self, TorchError},
     train::{
         optim::{Slot, Update},
@@ -18,7 +18,7 @@ use crate::{
     },
 };
 
-pub(super) fn lay_out(model: &dyn Model) -> Result<(State, Box<dyn Layout>)> {
+pub(super) fn lay_out(model: &dyn Leaves) -> Result<(State, Box<dyn Layout>)> {
     let (state, replica) = Replica::lay_out(model)?;
     Ok((state, Box::new(replica)))
 }
@@ -32,7 +32,7 @@ pub(super) struct Replica {
 }
 
 impl Replica {
-    pub fn lay_out(model: &dyn Model) -> Result<(State, Self)> {
+    pub fn lay_out(model: &dyn Leaves) -> Result<(State, Self)> {
         let leaves = leaves(model);
         let zeros = || torch::tch_result("make moments", leaves.iter().map(Tensor::f_zeros_like).collect());
         let (exp_avgs, exp_avg_sqs): (Vec<Tensor>, Vec<Tensor>) = (zeros()?, zeros()?);

@@ -6,7 +6,7 @@ use tch::{Device, Kind};
 use super::*;
 use crate::{
     config::{ModelKind, Pass, Spread, divisor, share},
-    model::{self, BuildSettings, Weight},
+    model::{self, BuildSettings, Model, Weight},
     snapshot::plan::{Dtype, ShardKind, TensorSpec, plan},
     torch::{LIMIT, byte_len, ranks, store_bytes, to_f64},
     train::partition::Partition,

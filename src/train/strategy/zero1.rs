@@ -26,7 +26,7 @@ use crate::{
     config::{OptimizerConfig, Precision},
     error::Result,
     ids::{Rank, Step, WorldSize},
-    model::{Model, Weight},
+    model::{Leaves, Weight},
     torch::{self, Pending, ProcessGroup, Reducer, Reduction, TorchError},
     train::{
         optim::{Slot, Update},
@@ -51,7 +51,7 @@ struct Share {
 
 /// Moves the trained weights into buckets, and makes this rank's share of the rest.
 pub(super) fn lay_out(
-    model: &mut dyn Model,
+    model: &mut dyn Leaves,
     buckets: Buckets,
     precision: Precision,
     rank: Rank,
@@ -126,7 +126,11 @@ fn share(
 }
 
 /// Lets the model compute with `views`, one for each trained parameter; frozen ones stay as they are.
-fn replace_trained(model: &mut dyn Model, precision: Precision, mut views: impl Iterator<Item = Tensor>) -> Result<()> {
+fn replace_trained(
+    model: &mut dyn Leaves,
+    precision: Precision,
+    mut views: impl Iterator<Item = Tensor>,
+) -> Result<()> {
     let mut weights = Vec::with_capacity(model.parameters().len());
     for parameter in model.parameters() {
         // A model whose parameters have no views keeps them, and `State::new` refuses it.

@@ -51,10 +51,11 @@ fn first_step(run: &Run, group: Option<ProcessGroup>) -> (f64, f64, Vec<f32>) {
     let (mut training, _) = rank(run, group, None);
     let Pass { loss, .. } = training.forward_backward(Step(1)).unwrap();
     let gradients: Vec<Vec<f32>> = training
-        .model
+        .lesson
+        .leaves()
         .parameters()
         .iter()
-        .filter_map(model::Parameter::leaf)
+        .filter_map(crate::model::Parameter::leaf)
         .map(|leaf| Vec::try_from(leaf.grad().flatten(0, -1)).unwrap())
         .collect();
     let Place { rank, world, .. } = training.place;
@@ -112,13 +113,12 @@ fn the_loss_of_a_step_is_the_mean_over_its_targets() {
     // The whole sum, sequence by sequence.
     let (mut sum, mut count) = (0.0, 0);
     for position in 0..8 {
-        let batch = training.batches.at_positions(position..position + 1).unwrap();
-        let targets = batch.targets.count();
-        let loss = tch::no_grad(|| training.model.batch_loss(batch).unwrap());
-        sum += torch::to_f64(&loss).unwrap() * targets as f64;
+        training.lesson.read(position..position + 1).unwrap();
+        let Loss { mean, targets } = tch::no_grad(|| training.lesson.loss().unwrap());
+        sum += torch::to_f64(&mean).unwrap() * targets as f64;
         count += targets;
     }
-    assert_eq!(training.batches.targets(0..8).unwrap(), count);
+    assert_eq!(training.lesson.targets(0..8).unwrap(), count);
     assert!((1..128).contains(&count), "{count}");
     let loss = torch::to_f64(&training.forward_backward(Step(1)).unwrap().loss).unwrap();
     assert!((loss - sum / count as f64).abs() < 1e-6 * loss, "{loss} for {sum} of {count}");

@@ -1,0 +1,214 @@
+//! What a rank learns from: a model, its samples, and the loss of both. The loop of a step knows nothing else of them.
+//!
+//! [`Language`] is a language model on a dataset of tokens, [`Own`] a program's own task.
+
+use std::ops::Range;
+
+use tch::Tensor;
+
+use super::{Batches, Place};
+use crate::{
+    config::{ModelConfig, Passes, Spread, TrainConfig},
+    error::{Context, Error, Kind, Result},
+    ids::Step,
+    model::{self, BuildSettings, Leaves, Model},
+    protocol::HeldOutSum,
+    task::{Arithmetic, Learner, Opened},
+    torch,
+};
+
+/// The loss of a batch.
+#[derive(Debug)]
+pub struct Loss {
+    /// The mean over its targets, an fp32 scalar on the device; 0 without any.
+    pub mean: Tensor,
+    /// Its targets.
+    pub targets: u64,
+}
+
+/// A model with its samples, on one rank.
+pub trait Lesson {
+    /// The model's parameters.
+    fn leaves(&self) -> &dyn Leaves;
+
+    /// The model's parameters, to be laid out otherwise.
+    fn leaves_mut(&mut self) -> &mut dyn Leaves;
+
+    /// How this rank's samples of a step are spread over passes.
+    fn passes(&self) -> Passes;
+
+    /// Samples held out.
+    fn held_out(&self) -> u64;
+
+    /// Targets of the samples at these positions of the run's cursor, whichever ranks compute them.
+    fn targets(&self, positions: Range<u64>) -> Result<u64>;
+
+    /// The error of a step whose samples have no target at all.
+    fn nothing_to_learn(&self, step: Step, samples: u32) -> Error;
+
+    /// Makes the batch of the samples at these positions of the run's cursor.
+    fn read(&mut self, positions: Range<u64>) -> Result<()>;
+
+    /// The loss of the newest batch. `backward()` may be called on it once.
+    fn loss(&self) -> Result<Loss>;
+
+    /// The sums that [`Lesson::measure`] fills: one for each source of held-out samples, or one without a name.
+    fn sums(&self) -> Vec<HeldOutSum>;
+
+    /// Adds to `sums` what is measured of these of `count` held-out samples. What is added is rounded to [`LOSS_UNIT`],
+    /// so that a sum is the same whatever ranks and batches it is made of.
+    fn measure(&mut self, samples: Range<u64>, count: u64, sums: &mut [HeldOutSum]) -> Result<()>;
+}
+
+/// Losses of single targets are rounded to multiples of this: sums of them are exact up to half a thousand million, so
+/// they are the same however the targets are spread over passes and ranks, and in whatever order they are added.
+const LOSS_UNIT: f64 = 1.0 / (1 << 24) as f64;
+
+/// In whole units.
+fn rounded(loss: f64) -> f64 {
+    (loss / LOSS_UNIT).round() * LOSS_UNIT
+}
+
+/// A language model on a dataset.
+pub struct Language {
+    model: Box<dyn Model>,
+    batches: Batches,
+}
+
+impl Language {
+    /// The model of `model`, with fresh weights if they are to be drawn (`draw`); otherwise with arbitrary ones, which
+    /// are loaded afterwards. If there are adapters, they are what is drawn; their base is loaded in any case.
+    pub fn new(model: &ModelConfig, train: &TrainConfig, place: Place, draw: bool, batches: Batches) -> Result<Self> {
+        let settings =
+            BuildSettings { device: place.device, precision: train.precision, seed: draw.then_some(train.seed) };
+        let model = match &model.lora {
+            None => model::build(model.kind, &model.config, &settings),
+            Some(lora) => model::lora::build(model.kind, &model.config, &settings, lora),
+        };
+        Ok(Self { model: model.context("build model")?, batches })
+    }
+}
+
+impl Lesson for Language {
+    fn leaves(&self) -> &dyn Leaves {
+        self.model.as_ref()
+    }
+
+    fn leaves_mut(&mut self) -> &mut dyn Leaves {
+        self.model.as_mut()
+    }
+
+    fn passes(&self) -> Passes {
+        self.batches.passes()
+    }
+
+    fn held_out(&self) -> u64 {
+        self.batches.held_out()
+    }
+
+    fn targets(&self, positions: Range<u64>) -> Result<u64> {
+        Ok(self.batches.targets(positions)?)
+    }
+
+    fn nothing_to_learn(&self, step: Step, samples: u32) -> Error {
+        let what = format!("none of the {samples} sequences of step {step} has a token to learn");
+        Error::new(Kind::Config, what).with_hint(
+            "raise train.global_batch, or prepare the data with --pack --sequence-length, so that sequences have whole \
+             answers",
+        )
+    }
+
+    fn read(&mut self, positions: Range<u64>) -> Result<()> {
+        Ok(self.batches.at_positions(positions)?)
+    }
+
+    fn loss(&self) -> Result<Loss> {
+        let batch = self.batches.newest().ok_or_else(|| Error::new(Kind::Bug, "no batch was read"))?;
+        Ok(Loss { mean: self.model.batch_loss(batch)?, targets: batch.targets.count() })
+    }
+
+    fn sums(&self) -> Vec<HeldOutSum> {
+        self.batches.source_names().map(HeldOutSum::of).collect()
+    }
+
+    fn measure(&mut self, samples: Range<u64>, count: u64, sums: &mut [HeldOutSum]) -> Result<()> {
+        let (batch, sources) = self.batches.held_out_at(samples, count)?;
+        let losses = tch::no_grad(|| self.model.target_losses(batch))?;
+        let losses = torch::tch_result("read losses", Vec::<f32>::try_from(&losses))?;
+        for (at, loss) in losses.into_iter().enumerate() {
+            // Data without sources has one sum, and no list of them.
+            let source = sources.get(at).copied().unwrap_or(0);
+            if let Some(sum) = sums.get_mut(usize::from(source)) {
+                sum.loss += rounded(loss.into());
+                sum.targets += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A program's own task.
+pub struct Own {
+    learner: Learner,
+    passes: Passes,
+}
+
+impl Own {
+    /// With parameters that are fresh (`draw`), or arbitrary ones that are loaded afterwards. An error if the world has
+    /// more ranks than a step has samples.
+    pub fn new(opened: Opened, train: &TrainConfig, place: Place, draw: bool) -> Result<Self> {
+        let passes = Spread::new(train.global_batch, place.world, train.max_micro_batch)?.passes(place.rank);
+        let arithmetic = Arithmetic { device: place.device, precision: train.precision, draw };
+        Ok(Self { learner: Learner::new(opened, train.seed, arithmetic)?, passes })
+    }
+}
+
+impl Lesson for Own {
+    fn leaves(&self) -> &dyn Leaves {
+        self.learner.leaves()
+    }
+
+    fn leaves_mut(&mut self) -> &mut dyn Leaves {
+        self.learner.leaves_mut()
+    }
+
+    fn passes(&self) -> Passes {
+        self.passes
+    }
+
+    fn held_out(&self) -> u64 {
+        self.learner.held_out()
+    }
+
+    fn targets(&self, positions: Range<u64>) -> Result<u64> {
+        Ok(self.learner.targets(positions)?)
+    }
+
+    fn nothing_to_learn(&self, step: Step, samples: u32) -> Error {
+        let what = format!("none of the {samples} samples of step {step} has a target");
+        Error::new(Kind::Config, what).with_hint("raise train.global_batch, or leave out samples without a target")
+    }
+
+    fn read(&mut self, positions: Range<u64>) -> Result<()> {
+        Ok(self.learner.read(positions)?)
+    }
+
+    fn loss(&self) -> Result<Loss> {
+        let (mean, targets) = self.learner.loss()?;
+        Ok(Loss { mean, targets })
+    }
+
+    fn sums(&self) -> Vec<HeldOutSum> {
+        vec![HeldOutSum::of("")]
+    }
+
+    fn measure(&mut self, samples: Range<u64>, _: u64, sums: &mut [HeldOutSum]) -> Result<()> {
+        self.learner.read_held_out(samples)?;
+        let (mean, targets) = tch::no_grad(|| self.learner.metric())?;
+        if let Some(sum) = sums.first_mut() {
+            sum.loss += rounded(torch::to_f64(&mean)? * targets as f64);
+            sum.targets += targets;
+        }
+        Ok(())
+    }
+}

@@ -106,6 +106,14 @@ impl Generate {
         live.say(text.get(live.shown..).unwrap_or_default());
         live.say("\n");
         live.read?;
+        let longest = model.max_sequence_length() as usize;
+        // The last token that is made is no input.
+        if (prompt.len() + new.len()).saturating_sub(1) > longest {
+            tracing::warn!(
+                "the model reads {longest} positions: tokens beyond follow from the last {longest} alone, and programs \
+                 that go on with more positions make others"
+            );
+        }
         if self.json.json {
             let generated = Generated { step, prompt: &self.prompt, text: &text, tokens: new.len() };
             output::emit(&output::json_lines([&generated])?)?;

@@ -10,6 +10,7 @@
 //! A record is used whole or not at all. What the template refuses is an error with the record's place.
 
 mod marked;
+mod python;
 mod template;
 mod turns;
 mod value;
@@ -148,6 +149,9 @@ impl Chats {
     /// The messages and tools of a record, marked.
     fn read(&self, tokenizer: &TextTokenizer, record: &str) -> Result<Conversation, String> {
         let json: Json = serde_json::from_str(record).map_err(|error| format!("is not JSON: {error}"))?;
+        if let Some(number) = value::large_integer(record) {
+            return Err(format!("holds the number {number}, which has more than 64 bits"));
+        }
         let Some(Json::List(messages)) = json.get(MESSAGES).cloned() else {
             return Err(format!("has no list in {MESSAGES:?}"));
         };

@@ -298,3 +298,87 @@ fn chats_with_tools_have_their_own_template_and_others_need_one() {
     assert_eq!(sums(&only).1, None);
     assert_eq!(sums(&sources(Some(&plain), &plain)), (first, None));
 }
+
+/// A chat of these roles and texts.
+fn chat_of(messages: &[(&str, &str)]) -> String {
+    let messages: Vec<Value> =
+        messages.iter().map(|(role, content)| serde_json::json!({"role": role, "content": content})).collect();
+    serde_json::json!({ "messages": messages }).to_string()
+}
+
+/// Templates that can't put the header of a turn behind a chat, or that show the last turn in another way.
+#[test]
+fn neither_a_header_nor_the_end_of_a_whole_chat_is_a_target() {
+    const NO_PROMPT: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}\
+                             {% endfor %}";
+    // The prompt is there only behind a message.
+    const INSIDE: &str = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '</s>' }}\
+                          {% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}";
+    const CLOSED: &str = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|im_end|>\n' }}{% endfor %}\
+                          {{ '<|assistant|>\n' if add_generation_prompt else '</s>' }}";
+    // The last question is shown in another way, and there is no prompt.
+    const LAST: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + ('Now: ' if m == messages[-2] \
+                        else '') + m.content + '[/INST]' }}{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}\
+                        {% endfor %}";
+    const OTHER_END: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}\
+                             {{ '<|user|>say<|system|>' + m.content }}\
+                             {{ '</s>' if loop.last and not add_generation_prompt else '<|im_end|>' }}{% else %}\
+                             {{ '\n' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}\
+                             {% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}";
+    const COLON: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ 'Q:' + m.content + \
+                         ('!' if loop.index > messages|length - 2 else '') }}{% else %}{{ 'A:' + m.content + '</s>' }}\
+                         {% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}";
+    let two = [("user", "a"), ("assistant", " b\n"), ("user", "c"), ("assistant", "d")];
+    let first = [("assistant", "b"), ("user", "c"), ("assistant", "d")];
+    let in_a_row = [("user", "a"), ("assistant", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e")];
+    let echo = [("user", "a"), ("assistant", "x A:y"), ("user", "c"), ("assistant", "A:A:")];
+    let no_answer = [("user", "a"), ("assistant", "b"), ("user", "c")];
+    let silent = [("user", "a"), ("assistant", "")];
+    let cases: [(&str, &[(&str, &str)], &[&str]); 13] = [
+        (NO_PROMPT, &two, &[" b\n<|im_end|>", "d<|im_end|>"]),
+        (NO_PROMPT, &first, &["b<|im_end|>", "d<|im_end|>"]),
+        (INSIDE, &first, &["b</s>", "d</s>"]),
+        (INSIDE, &two, &[" b\n</s>", "d</s>"]),
+        (CLOSED, &two, &[" b\n<|im_end|>", "d<|im_end|>"]),
+        (CLOSED, &no_answer, &["b<|im_end|>"]),
+        (LAST, &two, &["  b\n</s>", " d</s>"]),
+        (LAST, &no_answer, &[" b</s>"]),
+        (OTHER_END, &two, &["<|user|>say<|system|> b\n<|im_end|>", "<|user|>say<|system|>d</s>"]),
+        (
+            OTHER_END,
+            &in_a_row,
+            &["<|user|>say<|system|>b<|im_end|>", "<|user|>say<|system|>c<|im_end|>", "<|user|>say<|system|>e</s>"],
+        ),
+        (OTHER_END, &silent, &["<|user|>say<|system|></s>"]),
+        (COLON, &echo, &["x A:y</s>", "A:A:</s>"]),
+        (COLON, &no_answer, &["b</s>"]),
+    ];
+    for (source, chat, expected) in cases {
+        let found = of_source(source, &[]).encode(&tokenizer(), &chat_of(chat)).unwrap();
+        assert_eq!(targets(&found), expected, "{chat:?} by {source}");
+    }
+    let found = of_source(CLOSED, &[]).encode(&tokenizer(), &chat_of(&two)).unwrap();
+    assert_eq!(found.ends, BTreeSet::from([7]), "the token behind the chat ends no turn");
+}
+
+/// Of an earlier turn the thoughts are left out, and a call of a tool stands behind its text.
+#[test]
+fn a_call_behind_a_text_belongs_to_the_turn_and_a_later_turn_does_not() {
+    let call = r#"[{"function": {"name": "f", "arguments": {"x": 1}}}]"#;
+    let called = |content: &str| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": "a"}},
+            {{"role": "assistant"{content}, "tool_calls": {call}}}, {{"role": "tool", "content": "2"}},
+            {{"role": "assistant", "content": "d"}}]}}"#
+        )
+    };
+    let text = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 1}}\n</tool_call><|im_end|>";
+    let found = of_fixture("thinking").encode(&tokenizer(), &called(r#", "content": "b""#)).unwrap();
+    assert_eq!(targets(&found), [&format!("b\n{text}"), "<think>\n\n</think>\n\nd<|im_end|>"]);
+
+    // Its end is another token where others follow: what is found must not reach into them.
+    const OTHER_END: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}\
+                             {{ m.tool_calls | tojson if m.tool_calls }}{{ '</s>' if loop.last else '<|im_end|>' }}\
+                             {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    assert!(refused(&of_source(OTHER_END, &[]), &called("")).contains("message 2) that can't be found"));
+}

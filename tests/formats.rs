@@ -1,7 +1,8 @@
 //! Stored formats: objects of released versions stay readable forever; hostile objects are errors.
 //!
 //! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` to `v6/` what later versions
-//! have added, `dataset-2/` what format 2 of datasets has, `dataset-sources/` what sources add to a dataset. They never change: a new version gets its own folder.
+//! have added, `dataset-2/` what format 2 of datasets has, `dataset-sources/` what sources add to a dataset. They never
+//! change: a new version gets its own folder.
 //! `fixtures/formats/hostile/` holds objects that once looked dangerous.
 //! All are read by the same functions that read the store.
 

@@ -521,8 +521,8 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_named_whatever_else_it_holds() {
-        let error = Entry::decode(br#"{"format":6,"something":"else"}"#).unwrap_err();
-        assert_eq!(error, InvalidEntry::Newer { found: 6 });
+        let error = Entry::decode(br#"{"format":7,"something":"else"}"#).unwrap_err();
+        assert_eq!(error, InvalidEntry::Newer { found: 7 });
     }
 
     #[test]

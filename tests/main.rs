@@ -13,6 +13,8 @@ mod doctor;
 mod deadline;
 mod doubt;
 mod early_stopping;
+mod exports;
+mod fleet;
 mod formats;
 mod freeze_model;
 mod groups;

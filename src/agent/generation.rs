@@ -25,6 +25,7 @@ use super::{
     group::{Company, Heard, Others, ToLeader},
     lead::Lead,
     node::Node,
+    pace,
     phase::{Event, Loading, Settings, StateMachine},
     save::{
         borrow::Neighbours,
@@ -285,6 +286,7 @@ pub async fn run(
         seats: Seats::new(start.upload.node.clone(), start.upload.ranks, others),
         doubted: start.doubted,
         finishing: if hasty { HASTY } else { FINISHING },
+        first_step: pace::least(),
     };
     let group = company.as_ref().map(|company| {
         let leader = start.upload.node.clone();
@@ -317,6 +319,9 @@ pub async fn run(
             }
             word = next_word(&mut company) => lead.hear(word).into(),
             _ = tick.tick() => {
+                if let Some(limit) = machine.waits_for_its_last_save(began.elapsed()) {
+                    lead.look_at_the_last_save(limit);
+                }
                 let late = began.elapsed() > FORMING;
                 let lost = if late { lead.late() } else { Vec::new() };
                 lost.into_iter().chain([Event::Tick]).collect()
@@ -325,6 +330,11 @@ pub async fn run(
         while let Some(event) = events.pop_front() {
             if let (Event::Save(SaveEvent::Ended { result: Ok(_), .. }), Some(saves)) = (&event, &saves) {
                 let _ = saves.send(());
+            }
+            match &event {
+                Event::Save(event) => lead.follow_the_save(event),
+                Event::Notice(notice) if notice.kind != notice::Kind::Rebalance => lead.is_asked(),
+                _ => {}
             }
             let ended = lead.judge(&event, machine.trains());
             match lead.perform(machine.handle(event, began.elapsed())) {

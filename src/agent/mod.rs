@@ -21,6 +21,7 @@
 //! | `workers` | the worker processes |
 //! | `fence` | a look at the journal now and then: is the run still ours? |
 //! | `restart` | whether workers that died or hang are started again |
+//! | `pace` | how long ranks of several nodes wait for each other in a first step |
 //! | `blame` | whether a node leaves a group because its workers kill it again and again |
 //!
 //! # Crash, retry, cancel
@@ -38,6 +39,7 @@ pub(crate) mod generation;
 pub(crate) mod group;
 mod lead;
 mod node;
+mod pace;
 mod phase;
 pub(crate) mod restart;
 mod save;

@@ -79,6 +79,9 @@ pub struct Prepare {
     /// The day that a chat template is told when it asks for today's date
     #[arg(long, value_name = "YYYY-MM-DD", help_heading = "Documents")]
     date: Option<Date>,
+    /// The name of the chat template, of a folder with several [default: `tool_use` for chats with tools, else `default`]
+    #[arg(long, value_name = "NAME", help_heading = "Documents")]
+    chat_template: Option<String>,
     /// The share of the text that is kept for validation, 0 to 0.5 [default: 0.01]
     #[arg(long, value_name = "SHARE", help_heading = "Details")]
     validation_ratio: Option<f64>,
@@ -179,6 +182,7 @@ impl Prepare {
                 sequence_length: self.sequence_length,
                 apart: self.documents == Neighbours::Apart,
                 date: self.date,
+                chat_template: self.chat_template,
                 drop_too_long: self.too_long == Unfit::Drop,
                 drop_without_target: self.without_target == Unfit::Drop,
             },

@@ -15,7 +15,7 @@ use super::{
     export, output, store,
 };
 use crate::{
-    checkpoint::export::Target,
+    checkpoint::export::{Form, Target},
     config::ModelKind,
     data::tokenizer::{EndToken, TextTokenizer},
     error::{Error, Kind, Result},
@@ -69,7 +69,7 @@ impl Generate {
         let exported = folder.folder();
         let target = Target::Folder(exported.clone());
         let (step, adapted) = store::block_on(async {
-            let (step, _) = export::export(&self.run, self.step, &target).await?;
+            let (step, _) = export::export(&self.run, self.step, &target, &Form::plain(export::part())).await?;
             let state = history::read(&self.run.store.open()?, &self.run.run_id).await?;
             Ok((step, Adapted::load(&state.config().workload.model, &exported).await?))
         })?;

@@ -139,6 +139,7 @@ impl<'a> Report<'a> {
         let config = history::config(state);
         let (newest, step) = (state.newest(), history::last_step(state));
         let safe = newest.map_or(Step(0), |checkpoint| checkpoint.committed.step);
+        let mixed = config.workload.parallel.mixed;
         Self {
             run_id: state.run_id(),
             store,
@@ -151,7 +152,7 @@ impl<'a> Report<'a> {
             held_out: HeldOut::of(state),
             generation: state.generation(),
             world_size: state.formed().map(|formed| formed.world_size),
-            group: may_have_nodes(state).then(|| overview::overview(state.formed(), seen, now)).flatten(),
+            group: may_have_nodes(state).then(|| overview::overview(state.formed(), seen, now, mixed)).flatten(),
             step,
             total_steps: config.workload.train.steps,
             newest_checkpoint: newest.map(Checkpoint::from),
@@ -313,7 +314,7 @@ saving       automatic, the newest 3 are kept
             }),
             sighting("n2", second - 120, |_| {}),
             sighting("n3", second - 20, |group| group.state = State::CutOff),
-            sighting("n9", second - 5, |group| group.state = State::Waiting),
+            sighting("n9", second - 5, |group| (group.state, group.kind) = (State::Waiting, "B".into())),
         ];
         let now = Timestamp::from_second(second).unwrap();
         let state = state(running.clone());
@@ -326,7 +327,8 @@ node        n1: ranks 0 to 3, leads; alive, last beat 2s ago
 node        n2: ranks 4 to 7; silent, last beat 2m ago; out of reach of n1
 node        n3: rank 8; alive, last beat 20s ago; has lost its leader
 node        n4: a spare without workers; no heartbeat
-waiting     n9: 8 workers; alive, last beat 5s ago
+waiting     n9: 8 workers; alive, last beat 5s ago; it computes with \"B\", and others with \
+                    \"NVIDIA A100-SXM4-40GB\" (parallel.mixed)
 step        10 of";
         assert!(text.contains(expected), "{text}");
         let json: serde_json::Value = serde_json::from_str(&output::json_lines([&report]).unwrap()).unwrap();

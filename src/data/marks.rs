@@ -111,6 +111,9 @@ pub struct Dropped {
 pub struct Rendering {
     /// SHA-256 of the template, 64 hexadecimal digits.
     pub template_sha256: String,
+    /// The same of the template of chats with tools, if that is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tools_template_sha256: Option<String>,
     /// The date that the template was told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub date: Option<String>,

@@ -51,6 +51,8 @@ pub enum ToWorker {
     Go {
         /// Saves already decided.
         saves: Vec<SaveOrder>,
+        /// How long ranks of several nodes wait for each other in their first step, seconds.
+        first_s: u64,
         /// Measure the held-out loss of the loaded state first: it was to be measured, and was not.
         #[serde(default, skip_serializing_if = "is_false")]
         measure: bool,

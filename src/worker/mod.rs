@@ -26,7 +26,7 @@ use std::{
 use self::{
     gate::{Save, StepGate},
     link::Link,
-    patience::Patience,
+    patience::{After, Patience},
 };
 use crate::{
     error::{Error, Kind, Result},
@@ -89,13 +89,14 @@ impl Worker {
         }
         self.wait_for_verdict(&gate);
         let mut begin = Instant::now();
-        let mut paused = false;
+        // What the next step follows, and how long a validation before it took.
+        let (mut after, mut validated) = (After::Step, Duration::ZERO);
         loop {
             // Between two steps: the state is that of step `done`.
             let boundary = gate.enter(self.done);
             if let Some(save) = boundary.save {
                 self.save(save)?;
-                paused = true;
+                after = after.max(After::Save);
             }
             if !boundary.proceed {
                 break;
@@ -104,7 +105,7 @@ impl Worker {
             faults::check("worker.step", At { rank: Some(self.rank.get()), step: Some(step.get()) })
                 .map_err(injected)?;
 
-            if let Some(limit) = self.patience.change(paused) {
+            if let Some(limit) = self.patience.change(after) {
                 self.training.set_patience(limit)?;
             }
             let Pass { loss, data } = self.training.forward_backward(step)?;
@@ -122,14 +123,16 @@ impl Worker {
                 data_s: data.as_secs_f64(),
             };
             begin = Instant::now();
-            self.patience.step(report.step_s, std::mem::take(&mut paused));
+            let took = report.step_s + std::mem::take(&mut validated).as_secs_f64();
+            self.patience.step(took, std::mem::replace(&mut after, After::Step));
             self.link.tell(&FromWorker::Step(report));
             self.done = step;
             if self.training.evaluation_is_due(step) {
                 self.evaluate(&gate)?;
                 self.wait_for_verdict(&gate);
+                validated = begin.elapsed();
                 begin = Instant::now();
-                paused = true;
+                after = After::Validation;
             }
         }
         self.finish_capture()?;

@@ -85,28 +85,21 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         None => None,
     };
     link.tell(&FromWorker::Ready { fingerprint });
-    let (saves, measure) = match orders.next() {
-        ToWorker::Go { saves, measure } => (saves, measure),
+    let (saves, first_s, measure) = match orders.next() {
+        ToWorker::Go { saves, first_s, measure } => (saves, first_s, measure),
         other => return Err(out_of_turn(&other)),
     };
+    let hasty = faults::check("worker.hasty", At::default()).is_err();
+    let patience = Patience::new(several_nodes, Duration::from_secs(first_s), hasty);
+    if let Some(group) = &group {
+        group.set_timeout(patience.limit())?;
+    }
     let training = built.start(&task.data, batches, Peers::new(group))?;
     let (link, done, last) = (link.clone(), resume_step, Step(task.train.steps));
-    Ok((
-        Worker {
-            link,
-            rank,
-            done,
-            last,
-            training,
-            capture,
-            replicated,
-            patience: Patience::new(several_nodes),
-            stalled: Duration::ZERO,
-            may_stop_early: task.train.early_stopping.is_some(),
-        },
-        saves,
-        measure,
-    ))
+    let may_stop_early = task.train.early_stopping.is_some();
+    let stalled = Duration::ZERO;
+    let worker = Worker { link, rank, done, last, training, capture, replicated, patience, stalled, may_stop_early };
+    Ok((worker, saves, measure))
 }
 
 /// The fingerprint of what all ranks have when they begin: their state, and the base of adapters, which never changes.
@@ -151,7 +144,6 @@ fn meet(
     let group = ProcessGroup::new(backend, &store, &prefix, rank, world, limit, device)?;
     // The first collective is part of forming: what fails in it, and the time that it takes, is no step's.
     group.barrier().context("meet all ranks")?;
-    group.set_timeout(Patience::FIRST)?;
     Ok(group)
 }
 

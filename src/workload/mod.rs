@@ -47,7 +47,7 @@ use std::{
 use bytes::Bytes;
 
 pub use self::{
-    base::Base,
+    base::{Base, unlike},
     collectives::{Collectives, Recorder},
     companions::Files,
     prepare::Site,

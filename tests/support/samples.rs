@@ -302,6 +302,7 @@ pub fn heartbeat_in_group() -> Heartbeat {
         state: State::CutOff,
         kind: "NVIDIA H200".into(),
         workers: 8,
+        program: String::new(),
         unreachable: vec![node()],
         left: true,
     };
@@ -370,6 +371,7 @@ pub fn index_of_format_2() -> shards::Index {
         dropped: data::marks::Dropped { too_long: 3, without_target: 4 },
         chat: Some(data::marks::Rendering {
             template_sha256: "0123456789abcdef".repeat(4),
+            tools_template_sha256: None,
             date: Some("2026-01-31".into()),
             end_ids: vec![2, 7],
         }),

@@ -89,7 +89,7 @@ impl Loading {
             }
             Event::Fetched(Err(error)) => return Break(Err(Error::from(error).context("restore"))),
             // Nothing has been captured.
-            Event::Save(_) | Event::Retry { .. } => {}
+            Event::Save(_) | Event::Retry { .. } | Event::HeldUp { .. } => {}
             Event::Lost(error) => return Break(Err(error)),
             Event::Tick => turn.looks_at_the_journal(),
         }
@@ -206,6 +206,7 @@ impl Loading {
         turn.does(Effect::Busy(false));
         let settings = &turn.shared.settings;
         let outline = settings.outline;
+        let (world, least) = (WorldSize(outline.workers), settings.first_step);
         let setup = Setup {
             ranks: outline.workers,
             done,
@@ -218,7 +219,8 @@ impl Loading {
         let saves = scheduler.first_orders(now);
         let measure = settings.stopping.measures_first();
         let mut training = Training::begin(settings, scheduler, bytes, now);
-        turn.tell_all(ToWorker::Go { saves, measure });
+        let first_s = turn.shared.estimates.pace.begins(world, least).as_secs();
+        turn.tell_all(ToWorker::Go { saves, first_s, measure });
         if let Some(cause) = self.said {
             return Continue(Phase::Salvaging(Salvage::new(training, None, cause)));
         }

@@ -116,6 +116,7 @@ fn settings(load: Load) -> Settings {
         seats: Seats::new(node("leader"), ranks(0), &[(node("member"), ranks(1))]),
         doubted: false,
         finishing: crate::agent::finish::FINISHING,
+        first_step: crate::agent::pace::LEAST,
     }
 }
 
@@ -445,6 +446,21 @@ fn a_loss_that_is_not_a_number_ends_the_run_after_what_was_good_is_committed() {
     assert_eq!(list(&effects), "kill", "nothing is told of step 13");
     let effects = rig.feed(saved(10, 0));
     assert!(matches!(effects.end(), Some(Ok(End::Diverged { step: Step(13), .. }))), "{effects:?}");
+}
+
+/// All ranks captured the step whose numbers are wrong, while an earlier upload was under way.
+#[test]
+fn the_state_of_a_step_that_is_not_a_number_is_never_committed() {
+    let mut rig = training();
+    rig.feed_all((13..20).flat_map(|step| RANKS.map(|rank| finished(rank, step))));
+    rig.feed_all([finished(Rank(0), 20), captured(Rank(0), 20, 1)]);
+    let effects = rig.feed(report(Rank(1), 20, f64::NAN));
+    assert_eq!(list(&effects), "kill");
+    // Sent before the worker was killed.
+    let _ = rig.feed(captured(Rank(1), 20, 1));
+    let effects = rig.feed(saved(10, 0));
+    assert!(!list(&effects).contains("upload"), "{effects:?}");
+    assert_eq!(ended(&effects).unwrap(), "diverged at 20");
 }
 
 #[test]

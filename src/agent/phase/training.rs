@@ -117,8 +117,8 @@ impl Training {
             }
             Event::Save(event) => self.on_save(event, stage, turn)?,
             Event::Retry { slot } => self.tries_again(slot, stage, turn)?,
-            // Said before `Go`.
-            Event::LaidOut { .. } | Event::Fetched(_) => {}
+            // Said before `Go`, or of a drain.
+            Event::LaidOut { .. } | Event::Fetched(_) | Event::HeldUp { .. } => {}
             Event::Lost(error) => return Break(Err(error)),
             Event::Tick => {
                 turn.looks_at_the_journal();
@@ -319,13 +319,17 @@ impl Training {
             None => return Continue(None),
             Some(Ok(progress)) => progress,
             // Snapshots captured before are good: they are committed first.
-            Some(Err(Diverged { step, reason })) => return Continue(Some(Cause::Diverged { step, reason })),
+            Some(Err(Diverged { step, reason })) => {
+                self.scheduler.condemn(step);
+                return Continue(Some(Cause::Diverged { step, reason }));
+            }
         };
         let Progress { step, step_s, .. } = progress;
         self.ledger.finished(step, progress.figures());
         self.stepped = now;
         self.standstill = Quiet { since: now, told: 0 };
         turn.shared.estimates.step.push(step_s);
+        turn.shared.estimates.pace.step(step_s);
         let actions = self.scheduler.step_finished(step, step_s, now);
         let lag_steps = step.get() - self.scheduler.committed().get();
         turn.reports(progress.event(lag_steps, self.ledger.lag(now).as_secs_f64()));

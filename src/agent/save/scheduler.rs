@@ -300,6 +300,16 @@ impl Scheduler {
         self.consider(now)
     }
 
+    /// What `step` has computed is no state to go on from: neither its snapshot nor a later one is uploaded, even if all
+    /// ranks say later that they have captured it.
+    pub fn condemn(&mut self, step: Step) {
+        for slot in &mut self.slots {
+            if matches!(*slot, SlotState::Ordered { step: of, .. } | SlotState::Full { step: of } if of >= step) {
+                *slot = SlotState::Free;
+            }
+        }
+    }
+
     /// The upload of `slot` has ended; `committed`: its record stands. Otherwise the snapshot is still there, and is
     /// tried again.
     pub fn uploaded(&mut self, slot: u8, committed: bool, now: Moment) -> Vec<Action> {

@@ -21,9 +21,13 @@ fn tokenizer() -> TextTokenizer {
     TextTokenizer::from_json(fixture("tokenizer.json"), "tokenizer.json", EndToken::Named("</s>")).unwrap()
 }
 
+fn one(source: &str) -> Chosen {
+    Chosen { plain: Some(source.to_owned()), tools: source.to_owned() }
+}
+
 fn of_source(source: &str, tokens: &[(&str, &str)]) -> Chats {
     let tokens = tokens.iter().map(|(name, token)| ((*name).to_owned(), (*token).to_owned())).collect();
-    Chats::new(&tokenizer(), source, &tokens, None).unwrap()
+    Chats::new(&tokenizer(), &one(source), &tokens, None).unwrap()
 }
 
 fn of_fixture(name: &str) -> Chats {
@@ -31,7 +35,7 @@ fn of_fixture(name: &str) -> Chats {
     let tokens = serde_json::from_value(corpus["templates"][name].clone()).unwrap();
     let source = String::from_utf8(fixture(&format!("templates/{name}.jinja"))).unwrap();
     let date = corpus["date"].as_str().unwrap().parse().unwrap();
-    Chats::new(&tokenizer(), &source, &tokens, Some(date)).unwrap()
+    Chats::new(&tokenizer(), &one(&source), &tokens, Some(date)).unwrap()
 }
 
 /// The record of a chat, with its keys in the order in which they are written.
@@ -244,8 +248,53 @@ fn text_that_a_normalizer_turns_into_a_special_token_is_refused() {
     let tokenizer = TextTokenizer::from_json(bytes, "t", EndToken::Named("</s>")).unwrap();
     let tokens = BTreeMap::from([("eos_token".to_owned(), "</s>".to_owned())]);
     let source = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}";
-    let chats = Chats::new(&tokenizer, source, &tokens, None).unwrap();
+    let chats = Chats::new(&tokenizer, &one(source), &tokens, None).unwrap();
     let wide = TURN.replace("\"a\"", "\"\u{ff1c}/s\u{ff1e}\"");
     let error = chats.encode(&tokenizer, &wide).unwrap_err();
     assert!(matches!(&error, NoIds::Chat(reason) if reason.contains("turns into \"</s>\"")), "{error:?}");
+}
+
+#[test]
+fn chats_with_tools_have_their_own_template_and_others_need_one() {
+    let tokenizer = tokenizer();
+    let sources = |plain: Option<&str>, tools: &str| {
+        let chosen = Chosen { plain: plain.map(str::to_owned), tools: tools.to_owned() };
+        Chats::new(&tokenizer, &chosen, &BTreeMap::new(), None).unwrap()
+    };
+    const BODY: &str = "{% for m in messages %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endfor %}";
+    let (plain, tools) = (format!("plain {BODY}"), format!("tools {BODY}"));
+    let record = |tools: &str| format!(r#"{{"messages": [{{"role": "assistant", "content": "yes"}}]{tools}}}"#);
+    let text = |chats: &Chats, tools: &str| {
+        chats.encode(&tokenizer, &record(tools)).map(|chat| tokenizer.decode(&chat.ids).unwrap())
+    };
+    let tool = r#", "tools": [{"name": "f"}]"#;
+    let both = sources(Some(&plain), &tools);
+    for (tools, expected) in [
+        ("", "plain"),
+        (r#", "tools": null"#, "plain"),
+        (tool, "tools"),
+        (r#", "tools": []"#, "tools"),
+        (r#", "tools": "[{\"name\": \"f\"}]""#, "tools"),
+        (r#", "tools": "null""#, "plain"),
+    ] {
+        let text = text(&both, tools).unwrap();
+        assert!(text.starts_with(expected), "{tools}: {text}");
+    }
+    let refused = |chats: &Chats, tools: &str| match text(chats, tools) {
+        Err(NoIds::Chat(reason)) => reason,
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(&both, r#", "tools": "[""#).contains("that is not JSON"));
+    assert!(refused(&both, r#", "tools": "{}""#).contains("no list"));
+    let only = sources(None, &tools);
+    assert!(text(&only, tool).unwrap().starts_with("tools"));
+    assert!(refused(&only, "").contains("no chat template named \"default\""));
+    let sums = |chats: &Chats| {
+        let rendering = chats.rendering(BTreeSet::new());
+        (rendering.template_sha256, rendering.tools_template_sha256)
+    };
+    let (first, second) = sums(&both);
+    assert!(second.is_some_and(|second| second != first && second == sums(&only).0));
+    assert_eq!(sums(&only).1, None);
+    assert_eq!(sums(&sources(Some(&plain), &plain)), (first, None));
 }

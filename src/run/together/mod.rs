@@ -155,9 +155,14 @@ impl Runner {
                 .with_hint("allow TCP between the run's machines, or set network.address to an address that they share")
         })?;
         let workers = self.resolved.workload.workers();
-        let kind = kind::of_this_machine(self.resolved.config.workload.parallel.device);
+        let mut kind = kind::of_this_machine(self.resolved.config.workload.parallel.device);
+        // Nor another machine.
+        if faults::check("node.kind", At::default()).is_err() {
+            kind.push_str(", another one");
+        }
         let key = me.identity.key().clone();
-        let myself = Myself { node: self.node.clone(), address, key, workers, kind };
+        let program = me.version.clone();
+        let myself = Myself { node: self.node.clone(), address, key, workers, kind, program };
         let group = myself.group(Role::Waiting, self.run.is_local(), Vec::new(), false);
         faults::check("seat.before-beat", At::default())
             .map_err(|fault| Error::from_source(Kind::Unavailable, fault))?;
@@ -513,6 +518,18 @@ impl Runner {
                 }
                 Ok(After::Over(outcome))
             }
+            // Its word would not reach the store: whoever leads next says how the generation ended.
+            Ok(End::Stopped(stopped)) if members.hands_over.is_some() => {
+                memory.story.finished = Some(stopped.step);
+                let why = members.hands_over.unwrap_or_default();
+                self.reporter.event(&Event::Warning { message: format!("this node hands over: {why}") });
+                let gone = self.gone(left).await;
+                if members.asked_here || members.ends_the_run {
+                    return Ok(After::Over(self.leaves(Some(stopped.step))?));
+                }
+                self.slots.end_generation(gone).await?;
+                Ok(After::HandOver(why))
+            }
             Ok(End::Stopped(stopped)) => {
                 memory.story.finished = Some(stopped.step);
                 if members.asked_here || members.ends_the_run {
@@ -626,7 +643,8 @@ impl Runner {
         let plan = self.plan(generation, &load, Instant::now(), &seating, false);
         let leader = Leader { to, heard };
         memory.blame.begins(seating.others.len() >= usize::try_from(self.options.nodes.min).unwrap_or(usize::MAX));
-        let followed = follow::run(plan, leader, &mut self.slots, notices, &reporter, &mut memory.blame).await;
+        let (slots, pace) = (&mut self.slots, &mut self.estimates.pace);
+        let followed = follow::run(plan, leader, slots, notices, &reporter, &mut memory.blame, pace).await;
         let _ = post.await;
         let (outcome, step) = match followed? {
             Followed::Over { leaving: false, ends_the_run: false, hands_over, unfit, finished } => {

@@ -89,6 +89,7 @@ const ROWS: &[(&str, Provoke)] = &[
         let _ = rig.feed(save_failed(10, 0));
         Event::Retry { slot: 0 }
     }),
+    ("save held up", |_| Event::HeldUp { after_s: 120 }),
     ("lost to another", |_| lost()),
     ("tick after 5 s", |rig| {
         rig.pass(5.0);
@@ -225,6 +226,7 @@ kinds! {
     Event::Save(SaveEvent::Ended { result: Ok(_), .. }) => "saved 10",
     Event::Save(SaveEvent::Ended { result: Err(_), .. }) => "save of 10 fails",
     Event::Retry { .. } => "retry",
+    Event::HeldUp { .. } => "save held up",
     Event::Lost(_) => "lost to another",
     Event::Tick => "tick after 5 s",
 }

@@ -1,5 +1,5 @@
-//! A run whose held-out loss has stopped falling ends at the step whose measurement says so, on one node or two, whoever
-//! dies meanwhile; and the held-out loss is known of each source of the data.
+//! A run whose held-out loss has stopped falling ends at the step whose measurement says so, on one node or two,
+//! whoever dies meanwhile; and the held-out loss is known of each source of the data.
 
 use std::{collections::BTreeMap, sync::OnceLock};
 

@@ -193,7 +193,7 @@ fn epochs_are_the_steps_that_the_data_gives_them() {
     let sequences: u64 = tokens.map(|tokens| (tokens - 1) / 32).sum();
     let steps = (3 * sequences).div_ceil(GLOBAL_BATCH.into());
     assert_eq!(number(&report["inputs"]["work_s"]["value"]), 2.0 * steps as f64, "{report}");
-    assert_eq!(report["inputs"]["work_s"]["from"], format!("{steps} steps (3 epochs) of 2.0 s"));
+    assert_eq!(report["inputs"]["work_s"]["from"], format!("{steps} steps (3 epochs) of 2.00 s"));
     // Data that is elsewhere: what is missing is said, and not needed where the work is given.
     lab.write_config("epochs.toml", &text.replace(&data_set().display().to_string(), "/nowhere"));
     let life = simulate(&["--step-time", "2s"]);

@@ -1,6 +1,6 @@
 //! Whether a run stops early: what is decided of each measured state. Pure.
 //!
-//! Every rank waits with a measured state until the agent has said what becomes of the run ([`Verdict`]), and so does
+//! Every rank waits with a measured state until the agent has said what becomes of the run ([`Outlook`]), and so does
 //! the state that was loaded: all of them stop after the very state that decides, and a run that was killed after its
 //! decision comes to the same one when it is resumed. How it ends is that of any other end: the ranks are asked where
 //! they stand, save that step, and stop.
@@ -13,7 +13,7 @@ use crate::{
 
 /// What becomes of a run at a measured state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Outlook {
     /// It never stops early: nobody waits.
     Free,
     /// It goes on.
@@ -53,17 +53,17 @@ impl Stopping {
     }
 
     /// The state of `step` is there, and was measured now (`loss`) or earlier.
-    pub fn judge(&mut self, step: Step, loss: Option<f64>) -> Verdict {
-        let Some(rule) = self.rule else { return Verdict::Free };
+    pub fn judge(&mut self, step: Step, loss: Option<f64>) -> Outlook {
+        let Some(rule) = self.rule else { return Outlook::Free };
         if let Some(loss) = loss {
             self.standing = self.standing.after(step, loss, &rule);
         }
         match self.standing.verdict(&rule) {
             Some(why) if step < self.last && step > Step(0) => {
                 self.decided = Some((step, why));
-                Verdict::Stop
+                Outlook::Stop
             }
-            _ => Verdict::Proceed,
+            _ => Outlook::Proceed,
         }
     }
 
@@ -108,10 +108,10 @@ mod tests {
     #[test]
     fn a_run_stops_at_the_state_that_decides_and_at_no_other() {
         let mut stopping = Stopping::of(&run(2), None);
-        assert_eq!(stopping.judge(Step(0), None), Verdict::Proceed);
+        assert_eq!(stopping.judge(Step(0), None), Outlook::Proceed);
         assert!(stopping.figures().is_empty());
         for (step, loss, verdict) in
-            [(10, 3.0, Verdict::Proceed), (20, 3.0, Verdict::Proceed), (30, 4.0, Verdict::Stop)]
+            [(10, 3.0, Outlook::Proceed), (20, 3.0, Outlook::Proceed), (30, 4.0, Outlook::Stop)]
         {
             assert_eq!(stopping.stops_after(Step(step)), None);
             assert_eq!(stopping.judge(Step(step), Some(loss)), verdict, "{step}");
@@ -122,11 +122,11 @@ mod tests {
         let mut stopping = Stopping::of(&run(1), None);
         assert_eq!(
             [(90, 1.0), (100, 1.0)].map(|(step, loss)| stopping.judge(Step(step), Some(loss))),
-            [Verdict::Proceed; 2]
+            [Outlook::Proceed; 2]
         );
         assert_eq!(stopping.stops_after(Step(100)), None);
         let mut free = Stopping::of(&run(0), None);
-        assert_eq!([10, 20, 30].map(|step| free.judge(Step(step), Some(1.0))), [Verdict::Free; 3]);
+        assert_eq!([10, 20, 30].map(|step| free.judge(Step(step), Some(1.0))), [Outlook::Free; 3]);
         assert!(free.figures().is_empty());
     }
 
@@ -140,12 +140,12 @@ mod tests {
         let decided = committed(30, Some(1.0), before.figures());
         let mut again = Stopping::of(&run(2), Some(&decided));
         assert!(!again.measures_first());
-        assert_eq!(again.judge(Step(30), None), Verdict::Stop);
+        assert_eq!(again.judge(Step(30), None), Outlook::Stop);
         assert_eq!(again.stops_after(Step(30)), before.stops_after(Step(30)));
         // Resumed with more patience.
         let mut patient = Stopping::of(&run(3), Some(&decided));
-        assert_eq!(patient.judge(Step(30), None), Verdict::Proceed);
-        assert_eq!(patient.judge(Step(40), Some(1.0)), Verdict::Stop);
+        assert_eq!(patient.judge(Step(30), None), Outlook::Proceed);
+        assert_eq!(patient.judge(Step(40), Some(1.0)), Outlook::Stop);
         // A drain did not wait for the measurement.
         for (step, loss, patience, measures) in
             [(30, None, 2, true), (30, None, 0, false), (30, Some(1.0), 2, false), (31, None, 2, false)]

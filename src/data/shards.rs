@@ -7,7 +7,7 @@
 //! train-00000.bin …        token ids, little endian, u16 if the vocabulary has at most 65,536 entries, else u32
 //! train-00000.marks …      format 2, unless documents are joined: their starts, and the targets ([`super::marks`])
 //! validation-00000.bin …   the same, of the documents kept for validation
-//! validation-00000.sources …   if inputs have names: the number of each token's source ([`super::sources`])
+//! validation-00000.sources …   if inputs have names: the number of the source of each token
 //! tokenizer_config.json …  format 2: the other files of a given tokenizer's folder
 //! ```
 //! Documents follow one another, joined by the end-of-text token. A sample is a window of `sequence_length + 1` tokens;

@@ -174,11 +174,15 @@ mod tests {
         }
     }
 
+    fn loss() -> impl Strategy<Value = f64> {
+        prop_oneof![9 => (0..40_u8).prop_map(f64::from), 1 => Just(f64::NAN)]
+    }
+
     proptest! {
         /// Whatever is killed and resumed in any order: a run stops at the step at which it would have stopped.
         #[test]
         fn any_kill_and_resume_gives_the_same_stop(
-            losses in prop::collection::vec(prop_oneof![9 => (0..40_u8).prop_map(f64::from), 1 => Just(f64::NAN)], 1..60),
+            losses in prop::collection::vec(loss(), 1..60),
             patience in 1..5_u32,
             min_delta in prop_oneof![Just(0.0), Just(1.5)],
             // After how many validations each life ends, and whether its last state is saved before it is measured.

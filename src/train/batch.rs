@@ -138,8 +138,8 @@ impl Batches {
     }
 
     /// These of `count` sequences for validation, and the number of each target's source; an empty list: the data has
-    /// none. They are the first ones of their split; with sources, they are spread over all of it, since sources lie one
-    /// behind the other.
+    /// none. They are the first ones of their split; with sources, they are spread over all of it, since sources lie
+    /// one behind the other.
     pub fn held_out_at(&mut self, samples: Range<u64>, count: u64) -> Result<(&Batch, &[u8]), BatchError> {
         let (all, spread) = (u128::from(self.held_out), !self.dataset.index().sources.is_empty());
         let place = |sample: u64| match u128::from(sample) * all / u128::from(count.max(1)) {

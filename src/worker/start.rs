@@ -35,7 +35,8 @@ use crate::{
 
 const COPY_THREADS: usize = 2;
 
-/// A worker that is ready for its first step, the saves already decided, and whether the loaded state is measured first.
+/// A worker that is ready for its first step, the saves already decided, and whether the loaded state is measured
+/// first.
 pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<SaveOrder>, bool)> {
     let assignment = match orders.next() {
         ToWorker::Start(assignment) => *assignment,

@@ -1,8 +1,8 @@
 //! States built by hand, the time moved by adding to it: no process, no store, no runtime.
 //!
 //! The table in the header of `phase.rs` is compared with what happens ([`table`]); all pairs of misfortunes stand in
-//! [`pairs`]; ranks whose states differ in [`differ`]; how long a lost group goes on saving in [`mod@salvage`]; runs that
-//! stop early in [`stops`]; what needs more than two events has a test of its own.
+//! [`pairs`]; ranks whose states differ in [`differ`]; how long a lost group goes on saving in [`mod@salvage`]; runs
+//! that stop early in [`stops`]; what needs more than two events has a test of its own.
 
 mod differ;
 mod pairs;

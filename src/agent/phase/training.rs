@@ -25,7 +25,7 @@ use crate::{
             upload::{SaveEvent, Saved},
         },
         states::{Difference, Roll},
-        stopping::{Stopping, Verdict},
+        stopping::{Outlook, Stopping},
         workers::WorkerEvent,
     },
     checkpoint::CheckpointError,
@@ -355,9 +355,9 @@ impl Training {
         let verdict = self.stopping.judge(step, loss);
         self.ledger.stands(step, self.stopping.figures());
         match verdict {
-            Verdict::Free => {}
-            Verdict::Proceed => turn.tell_all(ToWorker::Proceed { step }),
-            Verdict::Stop => return self.scheduler.drain(turn.now),
+            Outlook::Free => {}
+            Outlook::Proceed => turn.tell_all(ToWorker::Proceed { step }),
+            Outlook::Stop => return self.scheduler.stop_here(turn.now),
         }
         Vec::new()
     }

@@ -311,8 +311,8 @@ impl Simulate {
         Ok(study::Study { inputs, machines }.report(interval))
     }
 
-    /// The configuration with its number of steps, if epochs are given instead and the steps are the work: the dataset's
-    /// index says how many there are.
+    /// The configuration with its number of steps, if epochs are given instead and the steps are the work: the index of
+    /// the dataset says how many there are.
     fn settled(&self, mut config: RunConfig) -> Result<RunConfig> {
         let TrainTask { data, train, .. } = &mut config.workload;
         let is_work = self.work.is_none() && self.step_time.is_some();

@@ -17,6 +17,9 @@ fn careful(load: Load, loaded: Option<&Committed>) -> Settings {
 fn measured_once() -> Rig {
     let mut rig = training_of(careful(Load::Nothing, None));
     rig.feed_all([validated(Rank(0), 10, 2.0), validated(Rank(1), 10, 2.0), saved(10, 0)]);
+    // The slot of step 10 is free: step 30 will be captured into it.
+    let _ = rig.frozen(Rank(0), 12);
+    assert_eq!(list(&rig.frozen(Rank(1), 12)), "thaw");
     rig
 }
 
@@ -30,6 +33,10 @@ fn measured(rig: &mut Rig, step: u64, loss: f64) -> Effects {
 fn decided() -> Rig {
     let mut rig = measured_once();
     assert_eq!(list(&measured(&mut rig, 20, 3.0)), "report validation, proceed from 20");
+    rig.feed_all(RANKS.map(|rank| captured(rank, 20, 1)));
+    let _ = rig.feed(saved(20, 1));
+    let _ = rig.frozen(Rank(0), 21);
+    assert_eq!(list(&rig.frozen(Rank(1), 21)), "thaw");
     assert_eq!(list(&measured(&mut rig, 30, 2.0)), "report validation, freeze");
     rig
 }

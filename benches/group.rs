@@ -29,6 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(240);
 const IDLE: Duration = Duration::from_secs(30);
 /// The time for which it is left alone before.
 const SETTLE: Duration = Duration::from_secs(15);
+/// Saves of a group at work whose holds are measured in one round.
+const HELD: usize = 20;
 /// Nodes of the idle group.
 const MANY: usize = 17;
 
@@ -74,7 +76,8 @@ impl Group {
         command.arg(format!("file://{}", self.folder.display())).env("NO_COLOR", "1");
         command.env("AWS_EC2_METADATA_DISABLED", "true").env("NO_GCE_CHECK", "true");
         command.env("TRAINER_AZURE_METADATA_ENDPOINT", "off").env("TRAINER_FAULTS", self.faults);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command.env("TRAINER_LOG", "trainer::agent::lead=debug");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().context("start a node")?;
         let lines = BufReader::new(child.stdout.take().context("output")?).lines();
         let said = self.said.clone();
@@ -82,6 +85,17 @@ impl Group {
             for line in lines.map_while(std::io::Result::ok) {
                 let Ok(event) = serde_json::from_str(&line) else { continue };
                 let _ = said.send(Heard { from: number, at: Instant::now(), event });
+            }
+        });
+        let log = BufReader::new(child.stderr.take().context("log")?).lines();
+        let said = self.said.clone();
+        thread::spawn(move || {
+            for line in log.map_while(std::io::Result::ok) {
+                for what in ["held_ms", "agreed_ms"] {
+                    let Some(ms) = number_of(&line, what) else { continue };
+                    let event = json!({"event": what, "ms": ms});
+                    let _ = said.send(Heard { from: number, at: Instant::now(), event });
+                }
             }
         });
         self.agents.push(Some(child));
@@ -146,10 +160,18 @@ impl Group {
     }
 }
 
+/// The number behind `what=` in a line of the log.
+fn number_of(line: &str, what: &str) -> Option<f64> {
+    let (_, text) = line.split_once(&format!("{what}="))?;
+    text.split_whitespace().next()?.parse().ok()
+}
+
 /// Seconds by figure, one for each round.
 type Figures = BTreeMap<&'static str, Vec<f64>>;
 
-const NAMES: [(&str, &str); 8] = [
+const NAMES: [(&str, &str); 10] = [
+    ("held", "freeze to thaw of 3 nodes, ms"),
+    ("agreed", "SIGTERM at a follower to the agreed step, ms"),
     ("follower", "kill -9 of a follower's machine to `formed`, s"),
     ("leader", "kill -9 of the leader's machine to `formed`, s"),
     ("silent follower", "a silent follower (SIGSTOP) to `formed`, s"),
@@ -186,12 +208,19 @@ fn lose(config: &Path, folder: PathBuf, figures: &mut Figures) -> Result<()> {
         group.start(config)?;
         leader = group.works(3)?;
     }
+    for _ in 0..HELD {
+        let held = group.next("a save", |heard| heard.from == leader && heard.event["event"] == "held_ms")?;
+        figures.entry("held").or_default().push(held.event["ms"].as_f64().unwrap_or(f64::NAN));
+    }
     let leaves = group.another(leader)?;
     let begun = Instant::now();
     group.signal(leaves, Signal::TERM);
     // The last save before the others form is that of the agreed step; one under way may be committed before it.
     let mut saved = begun;
     let formed = group.next("a generation of the others", |heard| {
+        if heard.from == leader && heard.event["event"] == "agreed_ms" {
+            figures.entry("agreed").or_default().push(1e3 * heard.at.duration_since(begun).as_secs_f64());
+        }
         if heard.from == leader && heard.event["event"] == "checkpoint" {
             saved = heard.at;
         }

@@ -48,8 +48,8 @@ pub const TOKENIZER_FILES: [&str; 14] = [
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS,
     "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATE_JSON,
     "merges.txt",
     "sentencepiece.bpe.model",
     "spiece.model",
@@ -60,10 +60,20 @@ pub const TOKENIZER_FILES: [&str; 14] = [
     "vocab.json",
     "vocab.txt",
 ];
+/// Name of the file with a tokenizer's chat template (Hugging Face, since version 4.43 of transformers).
+pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// Name of another file with a chat template (Hugging Face).
+pub const CHAT_TEMPLATE_JSON: &str = "chat_template.json";
+/// Folder, within a tokenizer's, of further chat templates (Hugging Face).
+pub const ADDITIONAL_TEMPLATES: &str = "additional_chat_templates";
 /// Name of the generation defaults (Hugging Face).
 pub const GENERATION_CONFIG: &str = "generation_config.json";
 /// Name of a whole model in one file (Hugging Face).
 pub const MODEL: &str = "model.safetensors";
+/// How the names of files of tensors end.
+pub const SAFETENSORS: &str = ".safetensors";
+/// Begins the name of a weight's fp32 values in files of moments, where the weights themselves are rounded.
+pub const MASTER: &str = "master.";
 /// Name of the file with a model's adapters (PEFT).
 pub const ADAPTER: &str = "adapter_model.safetensors";
 /// Name of the description of a model's adapters (PEFT).
@@ -109,6 +119,15 @@ pub fn heartbeat(node: &NodeId) -> String {
 /// Key of the trace of a rank's collectives, which its node keeps.
 pub fn trace(node: &NodeId, generation: Generation, rank: Rank) -> String {
     format!("{NODES}/{node}/trace-g{:04}-r{:05}", generation.get(), rank.get())
+}
+
+/// The generation whose ranks a trace is of; `None` for any other key.
+pub fn trace_generation(key: &str) -> Option<Generation> {
+    let (node, name) = key.strip_prefix(NODES)?.strip_prefix('/')?.split_once('/')?;
+    let (generation, rank) = name.strip_prefix("trace-g")?.split_once("-r")?;
+    let generation = Generation(generation.parse().ok()?);
+    let key_is_ours = trace(&NodeId::new(node).ok()?, generation, Rank(rank.parse().ok()?)) == key;
+    key_is_ours.then_some(generation)
 }
 
 /// The node of a heartbeat's key; `None` for anything else.

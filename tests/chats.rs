@@ -9,9 +9,12 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use trainer::data::{Dataset, Marks, Split};
 
-use crate::support::{
-    lab::{EVERY, Lab, data_set},
-    trainer::{Finished, losses, read},
+use crate::{
+    interop,
+    support::{
+        lab::{EVERY, Lab, data_set},
+        trainer::{Finished, losses, read},
+    },
 };
 
 fn fixture(name: &str) -> PathBuf {
@@ -281,5 +284,113 @@ fn a_run_over_chats_is_killed_and_resumed_to_the_last_digit_on_ranks_with_unequa
         assert!(second.resumed_from() >= EVERY, "{}", second.story());
         assert_eq!(losses(&[&first, &second]), losses(&[&undisturbed]), "{strategy}");
         assert!(lab.export(&whole) == lab.export(&killed), "{strategy}: other weights after a kill");
+    }
+}
+
+#[test]
+fn chats_in_parquet_give_the_rows_that_json_lines_give() {
+    let model = Model::new("tools");
+    let names = ["one", "turns", "thoughts", "calls", "system"];
+    // No column holds a list of values of several types.
+    let lines = names.map(|name| as_written(name).replace(", \"a\": [true, null, {}]", "") + "\n");
+    model.write("lines.jsonl", lines.concat());
+    std::fs::copy(fixture("chats.parquet"), model.lab.path("chats.parquet")).expect("copy");
+    let long = ["--format", "chat", "--sequence-length", "600", "--json"];
+    let of_lines = json_of(&model.prepare("lines.jsonl", "lines", &long).expect_code(0));
+    let of_columns = json_of(&model.prepare("chats.parquet", "columns", &long).expect_code(0));
+    for count in ["documents", "train_tokens", "targets"] {
+        assert_eq!(of_lines[count], of_columns[count], "{count}");
+    }
+    let [lines, columns] = ["lines", "columns"].map(|name| documents(&model.lab.path(name), 600, 7));
+    assert_eq!(lines.len(), 5);
+    assert_eq!(lines, columns);
+    model.prepare("chats.parquet", "text", &[]).expect_code(78).expect_said(&["--format chat"]);
+}
+
+/// A chat of the fixtures on one line, its keys in the order in which they are written: templates print tools.
+fn as_written(name: &str) -> String {
+    let text = String::from_utf8(read(&fixture("chats.json"))).expect("text");
+    let key = format!("\"{name}\": {{");
+    let start = text.find(&key).expect("a chat") + key.len() - 1;
+    let mut depth = 0;
+    // Brackets within texts come in pairs there.
+    let end = text[start..].find(|letter| {
+        depth += i32::from(letter == '{') - i32::from(letter == '}');
+        depth == 0
+    });
+    text[start..=start + end.expect("its end")].replace('\n', " ")
+}
+
+/// A folder with a template for chats with tools: both are used, both travel, and both versions of transformers find
+/// them in the dataset and in the checkpoint.
+#[test]
+fn several_templates_are_chosen_as_transformers_does_and_travel() {
+    let model = Model::new("chatml");
+    let lab = &model.lab;
+    std::fs::create_dir(lab.path("model/additional_chat_templates")).expect("a folder");
+    let (tools, rag) = (fixture("templates/tools.jinja"), "model/additional_chat_templates/rag.jinja");
+    std::fs::copy(&tools, lab.path("model/additional_chat_templates/tool_use.jinja")).expect("copy");
+    model.write(rag, "{% for m in messages %}rag {{ m.content }}<|im_end|>\n{% endfor %}");
+    let chats = ["one", "calls"].map(as_written);
+    let lines = |count: usize| chats.iter().map(|chat| format!("{chat}\n")).collect::<String>().repeat(count);
+    model.write("both.jsonl", lines(1));
+    let long = ["--format", "chat", "--sequence-length", "600"];
+    model.prepare("both.jsonl", "out", &long).expect_code(0);
+    let ids = |out: &str| -> Vec<Vec<i64>> {
+        let found = documents(&lab.path(out), 600, 7);
+        found.iter().map(|chat| chat.iter().map(|token| token.0).collect()).collect()
+    };
+    let expected: Value = serde_json::from_slice(&read(&fixture("expected.json"))).expect("JSON");
+    let of = |template: &str, chat: &str| -> Vec<i64> {
+        serde_json::from_value(expected[template][chat].clone()).expect("ids")
+    };
+    let sorted = |mut all: Vec<Vec<i64>>| {
+        all.sort();
+        all
+    };
+    // Neither alone gives both.
+    assert_eq!(ids("out"), sorted(vec![of("chatml", "one"), of("tools", "calls")]));
+    let rendering = &model.index("out")["documents"]["chat"];
+    assert_ne!(rendering["template_sha256"], rendering["tools_template_sha256"]);
+    let named =
+        |name: &str, out: &str| model.prepare("both.jsonl", out, &[&long[..], &["--chat-template", name]].concat());
+    named("tool_use", "named").expect_code(0);
+    assert_eq!(ids("named"), sorted(vec![of("tools", "one"), of("tools", "calls")]));
+    assert_eq!(model.index("named")["documents"]["chat"].get("tools_template_sha256"), None);
+    named("tool_use", "out").expect_code(78).expect_said(&["--overwrite"]);
+    named("nope", "nope")
+        .expect_code(78)
+        .expect_said(&["no chat template \"nope\"", "\"default\", \"rag\", \"tool_use\""]);
+    model.prepare("both.jsonl", "x", &["--chat-template", "rag"]).expect_code(78).expect_said(&["needs --format chat"]);
+
+    let settings: Value = serde_json::from_slice(&read(&lab.path("out/tokenizer_config.json"))).expect("JSON");
+    let list = settings["chat_template"].as_array().expect("a list");
+    let names: Vec<&Value> = list.iter().map(|one| &one["name"]).collect();
+    assert_eq!(names, ["default", "rag", "tool_use"]);
+    assert!(!lab.path("out/chat_template.jinja").exists());
+
+    // Enough for a run of two steps, whose checkpoint has them, too.
+    model.write("many.jsonl", lines(20));
+    model.prepare("many.jsonl", "many", &long).expect_code(0);
+    let uri = format!("file://{}", lab.path("many").display());
+    let text = lab.config("").replace(&format!("file://{}", data_set().display()), &uri);
+    let longer = String::from_utf8(read(&lab.path("model.json"))).expect("text").replace(":128,", ":1024,");
+    model.write("model.json", longer);
+    lab.write_config("run.toml", &text.replace("sequence_length = 32", "sequence_length = 600"));
+    let few = ["--set", "train.steps=1", "--set", "train.schedule.warmup_steps=0"];
+    lab.run("run").args(&few).finish().expect_code(0);
+    lab.export("run");
+    let list = format!("[{}]", chats.join(","));
+    for version in [interop::VERSION_4, interop::VERSION_5] {
+        let folders = ["model", "out", "export-run"].map(|name| lab.path(name));
+        let Some(found) = interop::folders(version, "the machine", &list, &folders) else { continue };
+        assert_eq!(found[0], found[1], "{}", version.0);
+        assert_eq!(found[0], found[2], "{}", version.0);
+        assert_eq!(found[0]["templates"], json!(["default", "rag", "tool_use"]));
+        assert_eq!(found[0]["chats"][0], json!(of("chatml", "one")), "{}", version.0);
+        // Version 4 prints fields without a value.
+        if version == interop::VERSION_5 {
+            assert_eq!(found[0]["chats"][1], json!(of("tools", "calls")));
+        }
     }
 }

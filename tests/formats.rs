@@ -1,8 +1,8 @@
 //! Stored formats: objects of released versions stay readable forever; hostile objects are errors.
 //!
-//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` to `v5/` what later versions
+//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` to `v6/` what later versions
 //! have added, `task-6/` what version 6 has for programs with a task of their own, `dataset-2/` what format 2 of
-//! datasets has. They never change: a new version gets its own folder.
+//! datasets has, `dataset-sources/` what sources add to a dataset. They never change: a new version gets its own folder.
 //! `fixtures/formats/hostile/` holds objects that once looked dangerous.
 //! All are read by the same functions that read the store.
 
@@ -110,6 +110,16 @@ fn written_by_version_5() -> Vec<(String, Vec<u8>)> {
     encoded(samples::records_of_version_5())
 }
 
+/// What version 6 has added, as this version writes it.
+fn written_by_version_6() -> Vec<(String, Vec<u8>)> {
+    encoded(samples::records_of_version_6())
+}
+
+/// A dataset with sources, as this version writes it.
+fn written_with_sources() -> Vec<(String, Vec<u8>)> {
+    vec![("index.json".into(), samples::index_with_sources().to_bytes())]
+}
+
 /// What version 6 has added for programs with a task of their own, as this version writes it.
 fn written_for_tasks() -> Vec<(String, Vec<u8>)> {
     encoded(samples::records_of_tasks())
@@ -163,6 +173,8 @@ fn objects_of_earlier_versions_are_read_to_the_same_value() {
     read_to_the_same_value("v3", written_by_version_3());
     read_to_the_same_value("v4", written_by_version_4());
     read_to_the_same_value("v5", written_by_version_5());
+    read_to_the_same_value("v6", written_by_version_6());
+    read_to_the_same_value("dataset-sources", written_with_sources());
     read_to_the_same_value("task-6", written_for_tasks());
     read_to_the_same_value("dataset-2", written_by_format_2_of_datasets());
 }
@@ -201,8 +213,8 @@ fn records_are_written_to_the_byte_as_they_ever_were() {
 fn each_record_is_written_in_the_lowest_version_that_can_hold_it() {
     let (first, second) = (samples::records(), samples::records_of_version_2());
     let (third, fourth) = (samples::records_of_version_3(), samples::records_of_version_4());
-    let fifth = samples::records_of_version_5();
-    for (version, records) in [(1, first), (2, second), (3, third), (4, fourth), (5, fifth)] {
+    let (fifth, sixth) = (samples::records_of_version_5(), samples::records_of_version_6());
+    for (version, records) in [(1, first), (2, second), (3, third), (4, fourth), (5, fifth), (6, sixth)] {
         for record in records {
             assert_eq!(record.format(), version, "{}", record.kind());
         }
@@ -257,7 +269,7 @@ fn kinds() -> Vec<(String, Vec<u8>)> {
     let messages = messages().into_iter().enumerate();
     let messages = messages.map(|(i, bytes)| (format!("{}-{i}", if i < 3 { "toworker" } else { "fromworker" }), bytes));
     let later = written_by_version_2().into_iter().chain(written_by_version_3()).chain(written_by_version_4());
-    let later = later.chain(written_by_version_5());
+    let later = later.chain(written_by_version_5()).chain(written_by_version_6()).chain(written_with_sources());
     let later = later.chain(written_for_tasks()).chain(written_by_format_2_of_datasets());
     written().into_iter().chain(later).chain(messages).collect()
 }

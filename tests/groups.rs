@@ -88,6 +88,7 @@ fn beat(folder: &std::path::Path, name: &str, counter: u64, address: &str, chang
         state: State::Member,
         kind: "cpu".into(),
         workers: 2,
+        program: String::new(),
         unreachable: Vec::new(),
         left: false,
     };

@@ -12,9 +12,22 @@ use object_store::{
 };
 
 use crate::support::{
+    lab::Lab,
     proxy::{Fault, FaultProxy, Line, Often, Rule},
     s3::{ACCESS_KEY, BUCKET, CreateOnce, NonAtomicS3, S3Server, SECRET_KEY, crc64_text},
 };
+
+/// A test that takes such a file for an object kills a node before that object is there.
+#[test]
+fn a_file_that_a_folder_store_still_writes_is_no_object() {
+    let lab = Lab::on_files();
+    let folder = lab.path("store").join("run/checkpoints");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    for name in ["receipt-a.json#1", "receipt-b.json", "receipt-c.json#d"] {
+        std::fs::write(folder.join(name), "{}").expect("a file");
+    }
+    assert_eq!(lab.keys("run", "checkpoints/"), ["checkpoints/receipt-b.json", "checkpoints/receipt-c.json#d"]);
+}
 
 fn block_on<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime").block_on(work)

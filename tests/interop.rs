@@ -185,6 +185,8 @@ fn every_family_goes_from_transformers_to_us_and_back() {
         let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
         lab.run(name).args(&settings).finish().expect_code(0);
         lab.export(name);
+        let several = ["--out", &path(&lab.path(&format!("several-{name}"))), "--max-shard-size", "50KB"];
+        lab.about("export", name).args(&several).finish().expect_code(0);
     }
     for version in [VERSION_5, VERSION_4] {
         let exports = names.iter().map(|name| lab.path(&format!("export-{name}")));
@@ -193,5 +195,105 @@ fn every_family_goes_from_transformers_to_us_and_back() {
             agree(&format!("{name} of ours in {}", version.0), &lab.path(&format!("export-{name}")), &theirs[at]);
             assert_eq!(theirs[at]["dtype"], json!(["float32", "float32"]), "{name}");
         }
+        // Several files with an index are the same model, tied weights included.
+        let folders: Vec<PathBuf> = names.iter().map(|name| lab.path(&format!("several-{name}"))).collect();
+        assert!(folders.iter().all(|folder| folder.join("model.safetensors.index.json").is_file()));
+        let several = read(version, folders).expect("installed");
+        for (at, name) in names.iter().enumerate() {
+            assert_eq!(several[at]["logits"], theirs[at]["logits"], "{name} of {}", version.0);
+        }
     }
+}
+
+/// What an installed version makes of tokenizer folders; `None`: it is not installed.
+pub fn folders(version: (&str, &str), text: &str, chats: &str, folders: &[PathBuf]) -> Option<Vec<Value>> {
+    let transformers = environment(version)?;
+    let mut command = Command::new("python3");
+    command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/folders.py"));
+    command.arg(text).arg(chats).args(folders);
+    let output = command.env("PYTHONPATH", transformers).output().expect("start python3");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {said}", version.0);
+    Some(serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}")))
+}
+
+/// Folders whose flags contradict their post-processor: version 5 does what the latter says; version 4 obeys the flags
+/// for some classes, and with the flags that our checkpoints have it does the same.
+#[test]
+fn tokens_around_a_text_are_those_of_the_post_processor_in_both_versions() {
+    let scratch = tempfile::tempdir().expect("a folder");
+    let token = |id: u32, content: &str| {
+        json!({
+            "id": id, "content": content, "special": true, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false,
+        })
+    };
+    let tokenizer = |begin: bool, end: bool| {
+        let special = |token: &str| json!({"SpecialToken": {"id": token, "type_id": 0}});
+        let mut pieces = vec![json!({"Sequence": {"id": "A", "type_id": 0}})];
+        if begin {
+            pieces.insert(0, special("<s>"));
+        }
+        if end {
+            pieces.push(special("</s>"));
+        }
+        let known =
+            [("<s>", 0), ("</s>", 1)].map(|(token, id)| (token, json!({"id": token, "ids": [id], "tokens": [token]})));
+        let known: serde_json::Map<String, Value> = known.into_iter().map(|(name, it)| (name.to_owned(), it)).collect();
+        let pair = [&pieces[..], &[json!({"Sequence": {"id": "B", "type_id": 1}})]].concat();
+        let step = json!({"type": "TemplateProcessing", "single": pieces, "pair": pair, "special_tokens": known});
+        json!({
+            "version": "1.0", "added_tokens": [token(0, "<s>"), token(1, "</s>"), token(2, "<unk>")],
+            "post_processor": if begin || end { step } else { Value::Null },
+            "model": {
+                "type": "BPE", "unk_token": "<unk>", "merges": [["a", "b"]],
+                "vocab": {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4, "ab": 5},
+            },
+        })
+        .to_string()
+    };
+    let (mut given, mut agreed, mut expected, mut contradictions) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let flags = [None, Some(true), Some(false)];
+    for class in
+        ["LlamaTokenizer", "GemmaTokenizerFast", "CohereTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"]
+    {
+        for (begin, end) in [(false, false), (true, false), (true, true)] {
+            for (bos, eos) in flags.iter().flat_map(|bos| flags.map(|eos| (*bos, eos))) {
+                let mut settings = json!({
+                    "tokenizer_class": class, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+                });
+                for (key, flag) in [("add_bos_token", bos), ("add_eos_token", eos)] {
+                    flag.into_iter().for_each(|flag| settings[key] = flag.into());
+                }
+                let json = tokenizer(begin, end);
+                let mut after = settings.as_object().expect("an object").clone();
+                contradictions.push(!trainer::data::around::agree(&mut after, json.as_bytes()).is_empty());
+                for (what, settings, list) in [("given", settings, &mut given), ("agreed", after.into(), &mut agreed)] {
+                    let folder = scratch.path().join(format!("{what}-{}", list.len()));
+                    std::fs::create_dir(&folder).expect("a folder");
+                    std::fs::write(folder.join("tokenizer.json"), &json).expect("a file");
+                    std::fs::write(folder.join("tokenizer_config.json"), settings.to_string()).expect("a file");
+                    list.push(folder);
+                }
+                let around = |is: bool, id: u32| if is { vec![id] } else { Vec::new() };
+                expected.push([around(begin, 0), vec![5], around(end, 1)].concat());
+            }
+        }
+    }
+    let ids = |version, list: &[PathBuf]| -> Option<Vec<Vec<u32>>> {
+        let found = folders(version, "ab", "[]", list)?;
+        Some(found.iter().map(|it| serde_json::from_value(it["ids"].clone()).expect("ids")).collect())
+    };
+    if let Some(found) = ids(VERSION_5, &given) {
+        assert_eq!(found, expected);
+        assert_eq!(ids(VERSION_5, &agreed).as_ref(), Some(&expected));
+    }
+    let Some(found) = ids(VERSION_4, &given) else { return };
+    assert_eq!(ids(VERSION_4, &agreed).as_ref(), Some(&expected));
+    let mut differ = 0;
+    for (at, found) in found.iter().enumerate() {
+        assert!(found == &expected[at] || contradictions[at], "nothing is said of {:?}", given[at]);
+        differ += u32::from(found != &expected[at]);
+    }
+    assert!(differ > 20, "{differ} folders are read otherwise");
 }

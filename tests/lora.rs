@@ -72,9 +72,9 @@ impl Tuning {
     }
 }
 
-type Tensors = BTreeMap<String, (String, Vec<usize>, Vec<u8>)>;
+pub type Tensors = BTreeMap<String, (String, Vec<usize>, Vec<u8>)>;
 
-fn tensors(bytes: &[u8]) -> Tensors {
+pub fn tensors(bytes: &[u8]) -> Tensors {
     let start = 8 + u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
     let header: BTreeMap<String, Value> = serde_json::from_slice(&bytes[8..start]).expect("a header");
     let tensor = |entry: &Value| {
@@ -86,7 +86,7 @@ fn tensors(bytes: &[u8]) -> Tensors {
     named.map(|(name, entry)| (name.clone(), tensor(entry))).collect()
 }
 
-fn floats((dtype, _, bytes): &(String, Vec<usize>, Vec<u8>)) -> Vec<f32> {
+pub fn floats((dtype, _, bytes): &(String, Vec<usize>, Vec<u8>)) -> Vec<f32> {
     match dtype.as_str() {
         "F32" => bytes.chunks(4).map(|x| f32::from_le_bytes(x.try_into().expect("4 bytes"))).collect(),
         "BF16" => bytes.chunks(2).map(|x| f32::from_bits(u32::from(u16::from_le_bytes([x[0], x[1]])) << 16)).collect(),

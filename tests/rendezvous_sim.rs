@@ -219,10 +219,10 @@ fn random_lives_end_together_and_change_no_more_than_they_must() {
     let told = on_two_threads(range, |seed| {
         let (sim, changes) = judged(seed, Bug::None);
         let trace = if sim.wrong.is_empty() && one.is_none() { Vec::new() } else { sim.trace.clone() };
-        (seed, sim.wrong.clone(), trace, sim.formed().len() as u64, changes)
+        (seed, sim.wrong.clone(), trace, [sim.formed().len() as u64, changes, sim.in_vain])
     });
-    let (formed, changes) = told.iter().fold((0, 0), |sum, (_, _, _, formed, all)| (sum.0 + formed, sum.1 + all));
-    println!("{} lives: {formed} generations, {changes} changes", told.len());
+    let [formed, changes, in_vain] = [0, 1, 2].map(|of| told.iter().map(|life| life.3[of]).sum::<u64>());
+    println!("{} lives: {formed} generations, {changes} changes, {in_vain} proposals in vain", told.len());
     let wrong: Vec<_> = told.iter().filter(|(_, wrong, ..)| !wrong.is_empty()).collect();
     for (seed, wrong, trace, ..) in wrong.iter().take(10) {
         println!("{}", trace.join("\n"));

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::support::{
-    lab::{EVERY, Lab, ORIGIN},
+    lab::{EVERY, GLOBAL_BATCH, Lab, ORIGIN, STEPS, data_set},
     trainer::{Finished, Trainer},
 };
 
@@ -178,4 +178,27 @@ fn a_malformed_trace_is_refused_with_its_line() {
     }
     let missing = Trainer::new(Path::new("/"), &["simulate", "--trace", "no-such-trace"]).finish();
     missing.expect_code(78).expect_said(&["no-such-trace"]);
+}
+
+#[test]
+fn epochs_are_the_steps_that_the_data_gives_them() {
+    let lab = Lab::on_files();
+    let text = lab.config("").replace(&format!("steps = {STEPS}"), "epochs = 3");
+    lab.write_config("epochs.toml", &text);
+    let simulate =
+        |more: &[&str]| lab.command(&["simulate", "epochs.toml", "--json", "--trials", "2"]).args(more).finish();
+    let report = json(simulate(&["--step-time", "2s"]));
+    let index: Value = serde_json::from_slice(&std::fs::read(data_set().join("index.json")).unwrap()).unwrap();
+    let tokens = index["train"].as_array().unwrap().iter().map(|shard| shard["tokens"].as_u64().unwrap());
+    let sequences: u64 = tokens.map(|tokens| (tokens - 1) / 32).sum();
+    let steps = (3 * sequences).div_ceil(GLOBAL_BATCH.into());
+    assert_eq!(number(&report["inputs"]["work_s"]["value"]), 2.0 * steps as f64, "{report}");
+    assert_eq!(report["inputs"]["work_s"]["from"], format!("{steps} steps (3 epochs) of 2.00 s"));
+    // Data that is elsewhere: what is missing is said, and not needed where the work is given.
+    lab.write_config("epochs.toml", &text.replace(&data_set().display().to_string(), "/nowhere"));
+    let life = simulate(&["--step-time", "2s"]);
+    assert!(life.code() != Some(0), "{}", life.story());
+    let _ = life.expect_said(&["train.epochs = 3", "/nowhere", "--work"]);
+    let report = json(simulate(&["--step-time", "2s", "--work", "3h"]));
+    assert_eq!(number(&report["inputs"]["work_s"]["value"]), 3.0 * 3600.0);
 }

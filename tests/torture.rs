@@ -299,8 +299,18 @@ fn points_of_the_source() -> BTreeSet<String> {
 }
 
 /// Points at which nothing is half done: tests let a node wait, differ or compute wrongly there.
-const SWITCHES: [&str; 7] =
-    ["node.patient", "node.version", "save.hasty", "seat.before-beat", "shelf.lends", "worker.loaded", "worker.state"];
+const SWITCHES: [&str; 10] = [
+    "node.kind",
+    "node.patient",
+    "node.version",
+    "pace.hasty",
+    "save.hasty",
+    "seat.before-beat",
+    "shelf.lends",
+    "worker.hasty",
+    "worker.loaded",
+    "worker.state",
+];
 
 #[test]
 fn every_crash_point_of_the_source_is_in_the_campaign() {

@@ -8,11 +8,14 @@
 mod elsewhere;
 mod endings;
 mod files;
+mod first_run;
 mod loops;
 mod machine;
 mod nodes;
+mod policies;
 mod stack;
 mod stand_ins;
+mod user_data;
 
 use std::{
     path::{Path, PathBuf},

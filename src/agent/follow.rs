@@ -22,6 +22,7 @@ use super::{
     generation::Plan,
     group::{NoticeOfMember, ToLeader, ToMember},
     node::{Node, Part},
+    pace::{self, Pace},
     phase::{Event, Incoming},
     save::{gather::Fetched, put::Put, slots::Slots},
     states,
@@ -30,7 +31,7 @@ use super::{
 use crate::{
     checkpoint::save::Receipt,
     error::{Error, Kind, Result},
-    ids::Step,
+    ids::{Step, WorldSize},
     notice::{self, Notice, Notices},
     protocol::{FromWorker, ToWorker},
     report::{self, Reporter},
@@ -114,6 +115,9 @@ struct Follower<'a> {
     signals: Signals,
     /// Listens to this node's workers.
     watch: Watch<'a>,
+    /// The steps of this generation and those before it.
+    pace: &'a mut Pace,
+    world: WorldSize,
     /// This node leaves when the generation is over, and why.
     blamed: Option<String>,
     /// The leader hands over, and why.
@@ -132,6 +136,7 @@ pub async fn run(
     notices: &mut Notices,
     reporter: &Reporter,
     blame: &mut Blame,
+    pace: &mut Pace,
 ) -> Result<Followed> {
     let Leader { to, mut heard } = leader;
     let (senders, mut answers) = effects::channels();
@@ -157,6 +162,8 @@ pub async fn run(
         began: Instant::now(),
         signals: Signals::default(),
         watch: Watch::new(blame, start.load.step()),
+        pace,
+        world: start.upload.ranks.world,
         blamed: None,
         hands_over: None,
         unfit: None,
@@ -286,6 +293,11 @@ impl Follower<'_> {
                     self.is_built(tensors, device, parameters);
                 }
                 Event::Worker(event) => {
+                    if let WorkerEvent::Message(_, FromWorker::Step(report)) = &event
+                        && report.step > self.watch.finished()
+                    {
+                        self.pace.step(report.step_s);
+                    }
                     if let Some(why) = self.watch.hears(&event) {
                         // Before the death itself: the leader may end the generation at once.
                         self.say(ToLeader::Blamed { why: why.clone() });
@@ -307,7 +319,7 @@ impl Follower<'_> {
                 Event::Fetched(Err(error)) => self.say(ToLeader::NotFetched { why: error.to_string() }),
                 Event::Lost(error) => self.say(ToLeader::Failed(error.to_string())),
                 Event::LaidOut { bytes } => self.say(ToLeader::LaidOut { bytes }),
-                Event::Notice(_) | Event::Save(_) | Event::Retry { .. } | Event::Tick => {}
+                Event::Notice(_) | Event::Save(_) | Event::Retry { .. } | Event::HeldUp { .. } | Event::Tick => {}
             }
             next = answers.ready();
         }
@@ -367,7 +379,13 @@ impl Follower<'_> {
                 }
                 Incoming::Nothing => None,
             },
-            ToMember::Tell(message) => self.node.perform(Order::TellAll(message)),
+            ToMember::Tell(message) => {
+                if matches!(message, ToWorker::Go { .. }) {
+                    // The leader has decided from its own memory; this is for the case that this node leads next.
+                    let _ = self.pace.begins(self.world, pace::LEAST);
+                }
+                self.node.perform(Order::TellAll(message))
+            }
             ToMember::LayOut => {
                 let tensors = self.built.clone().unwrap_or_default();
                 self.node.perform(Order::LayOut(tensors))

@@ -25,6 +25,7 @@ use super::{
     group::{Company, Heard, Others, ToLeader},
     lead::Lead,
     node::Node,
+    pace,
     phase::{Event, Loading, Settings, StateMachine},
     save::{
         borrow::Neighbours,
@@ -33,6 +34,7 @@ use super::{
         upload::{self, SaveEvent},
     },
     states::Seats,
+    stopping::Stopping,
     upkeep::retention::Retention,
     workers::Workers,
 };
@@ -42,7 +44,7 @@ use crate::{
     error::Result,
     faults::{self, At},
     ids::{Generation, NodeId, Step},
-    journal::Drain,
+    journal::{Drain, EarlyStop},
     notice::{self, Notice, Notices},
     report::Reporter,
     snapshot::cadence::Measured,
@@ -68,6 +70,8 @@ pub struct Plan {
     pub load: Load,
     /// For saves.
     pub upload: upload::Context,
+    /// How early stopping stands with the state to load.
+    pub stopping: Stopping,
     /// Measured costs of saves and lifetimes of machines.
     pub measured: Measured,
     /// The damage that this process has found.
@@ -142,8 +146,12 @@ impl Load {
 pub enum End {
     /// The last step is committed.
     Completed {
+        /// The step.
+        step: Step,
         /// Its loss; `None`: it has none, or was finished in an earlier generation.
         loss: Option<f64>,
+        /// Why there is no other, if the run stopped early.
+        early: Option<EarlyStop>,
     },
     /// Asked to stop.
     Stopped(Stopped),
@@ -272,11 +280,13 @@ pub async fn run(
         generation: start.upload.generation,
         config: start.config.clone(),
         load: start.load.clone(),
+        stopping: start.stopping,
         measured: start.measured,
         store_host: start.store.ip(),
         seats: Seats::new(start.upload.node.clone(), start.upload.ranks, others),
         doubted: start.doubted,
         finishing: if hasty { HASTY } else { FINISHING },
+        first_step: pace::least(),
     };
     let group = company.as_ref().map(|company| {
         let leader = start.upload.node.clone();
@@ -309,6 +319,9 @@ pub async fn run(
             }
             word = next_word(&mut company) => lead.hear(word).into(),
             _ = tick.tick() => {
+                if let Some(limit) = machine.waits_for_its_last_save(began.elapsed()) {
+                    lead.look_at_the_last_save(limit);
+                }
                 let late = began.elapsed() > FORMING;
                 let lost = if late { lead.late() } else { Vec::new() };
                 lost.into_iter().chain([Event::Tick]).collect()
@@ -317,6 +330,11 @@ pub async fn run(
         while let Some(event) = events.pop_front() {
             if let (Event::Save(SaveEvent::Ended { result: Ok(_), .. }), Some(saves)) = (&event, &saves) {
                 let _ = saves.send(());
+            }
+            match &event {
+                Event::Save(event) => lead.follow_the_save(event),
+                Event::Notice(notice) if notice.kind != notice::Kind::Rebalance => lead.is_asked(),
+                _ => {}
             }
             let ended = lead.judge(&event, machine.trains());
             match lead.perform(machine.handle(event, began.elapsed())) {

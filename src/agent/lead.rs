@@ -27,6 +27,7 @@ use super::{
     phase::Event,
     save::{
         fault::{Consequence, Group, Reason, Standing, Tally},
+        holdup::HoldUp,
         ledger::Transfer,
         upload::{self, SaveEvent, Snapshot},
     },
@@ -36,12 +37,16 @@ use crate::{
     error::Result,
     ids::{AttemptId, NodeId},
     journal::{Record, SaveCost, Urgency},
+    protocol::ToWorker,
     report::{self, Reporter},
     snapshot::mode::{CaptureMode, Choice},
 };
 
 /// How long the end of a generation waits for the records of notices, which yield to all others.
 const NOTED: Duration = Duration::from_secs(1);
+
+/// How long the store may take to say that it is there.
+const THERE: Duration = Duration::from_secs(10);
 
 /// The save under way.
 struct Saving {
@@ -91,12 +96,20 @@ pub struct Lead<'a> {
     /// Whose saves fail; `None`: the run has one node.
     group: Option<Group>,
     tally: Tally,
+    /// The last save of a group that was asked to stop.
+    holdup: HoldUp,
+    /// The question whether the store is there, if it is asked.
+    asking: Option<AbortHandle>,
     /// This node's saves fail, and others' do not.
     hands_over: Option<String>,
     /// This node's workers have ended the group again and again: it leaves.
     blamed: Option<String>,
     /// The workers were killed.
     killed: bool,
+    /// When all ranks were asked to hold, until they go on.
+    frozen: Option<Instant>,
+    /// When somebody asked the group to stop, until its last step is agreed.
+    asked: Option<Instant>,
     reporter: &'a Reporter,
     retention: Retention,
     /// The look at the journal, if one is under way.
@@ -128,9 +141,13 @@ impl<'a> Lead<'a> {
             others,
             group,
             tally: Tally::default(),
+            holdup: HoldUp::default(),
+            asking: None,
             hands_over: None,
             blamed: None,
             killed: false,
+            frozen: None,
+            asked: None,
             reporter,
             retention,
             looking,
@@ -178,6 +195,35 @@ impl<'a> Lead<'a> {
         self.obey(verdict, why)
     }
 
+    /// How far the save under way has come.
+    pub fn follow_the_save(&mut self, event: &SaveEvent) {
+        match event {
+            SaveEvent::Progress { bytes, .. } => self.holdup.sent(*bytes, self.began.elapsed()),
+            SaveEvent::Ended { result, .. } if result.is_ok() => self.holdup.saved(),
+            SaveEvent::Ended { .. } => {}
+        }
+    }
+
+    /// A look at the last save of a group that was asked to stop, and waits for it for `limit`. Whether some nodes hold
+    /// it up is answered later, by [`Event::HeldUp`]: the store may be away for all.
+    pub fn look_at_the_last_save(&mut self, limit: Duration) {
+        let (Some(group), Some(saving), false) = (&self.group, &self.saving, self.others.has_lost()) else { return };
+        let standing = saving.standing.borrow().clone();
+        let Some(after_s) = self.holdup.look(&standing, group, self.began.elapsed(), limit) else { return };
+        if self.asking.as_ref().is_some_and(|asking| !asking.is_finished()) {
+            return;
+        }
+        let (journal, later) = (self.start.upload.journal.clone(), self.senders.later.clone());
+        let blames_itself = self.holdup.suspects().missing.contains(&self.start.upload.node);
+        let asking = tokio::spawn(async move {
+            let there = blames_itself || matches!(tokio::time::timeout(THERE, journal.refresh()).await, Ok(Ok(_)));
+            if there {
+                let _ = later.send(Event::HeldUp { after_s });
+            }
+        });
+        self.asking = Some(asking.abort_handle());
+    }
+
     /// Carries out a verdict, with the reason for each node.
     fn obey(&mut self, verdict: Consequence, why: impl Fn(&Tally, &NodeId) -> String) -> Vec<Event> {
         match verdict {
@@ -208,6 +254,28 @@ impl<'a> Lead<'a> {
         self.blamed = Some(why);
     }
 
+    /// Somebody asks the group to stop.
+    pub fn is_asked(&mut self) {
+        self.asked.get_or_insert_with(Instant::now);
+    }
+
+    /// Writes to the log how long ranks were held, and how long it took to agree on the last step.
+    fn times(&mut self, order: &Order) {
+        let ms = |since: Instant| since.elapsed().as_secs_f64() * 1e3;
+        match order {
+            Order::TellAll(ToWorker::Freeze { .. }) => self.frozen = Some(Instant::now()),
+            Order::TellAll(ToWorker::Thaw { stop_after, .. }) => {
+                if let Some(since) = self.frozen.take() {
+                    tracing::debug!(held_ms = ms(since), "all ranks were held between two steps");
+                }
+                if let (Some(step), Some(since)) = (stop_after, self.asked.take()) {
+                    tracing::debug!(%step, agreed_ms = ms(since), "all ranks stop after this step");
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// Whether the workers were killed.
     pub const fn has_killed(&self) -> bool {
         self.killed
@@ -226,7 +294,10 @@ impl<'a> Lead<'a> {
         self.node.gives_up_save();
         let message = format!("a save that was to be finished did not end in {after_s} s, and was given up");
         self.reporter.event(&report::Event::Warning { message });
-        let standing = saving.standing.borrow().clone();
+        let mut standing = saving.standing.borrow().clone();
+        if !self.holdup.suspects().missing.is_empty() {
+            standing = self.holdup.suspects();
+        }
         if let Some(group) = self.group.as_ref().filter(|_| !self.others.has_lost()) {
             let verdict = group.given_up(&standing);
             // The generation ends anyway.
@@ -248,6 +319,7 @@ impl<'a> Lead<'a> {
         match effect {
             Effect::Nodes(order) => {
                 self.killed |= matches!(order, Order::Kill);
+                self.times(&order);
                 self.others.order(&order);
                 return self.node.perform(order).and_then(|answer| self.others.own(answer));
             }
@@ -282,6 +354,7 @@ impl<'a> Lead<'a> {
     /// once: nobody puts anything.
     fn upload(&mut self, transfer: Transfer) -> Result<Option<Event>> {
         let Transfer { step, slot, figures, validation_loss, cost, taken, priority } = transfer;
+        self.holdup.begins(step);
         let (index, mut expected) = self.node.outline()?;
         let small = self.start.workload.small_files(step, index)?;
         expected.extend(small.iter().map(|(name, _)| name.clone()));
@@ -361,7 +434,8 @@ impl<'a> Lead<'a> {
         if let Some(why) = &self.blamed {
             self.others.hands_over(why);
         }
-        self.others.over(parting.dismisses, ends_the_run);
+        // Whoever leads next records the end of the run: this node can't, if it hands over.
+        self.others.over(parting.dismisses, ends_the_run && self.hands_over.is_none());
         let gone = self.node.ends_workers(parting.dismisses);
         if parting.leaves_rest {
             let leaving = tokio::spawn(gone);

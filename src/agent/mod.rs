@@ -13,6 +13,7 @@
 //! | `follow` | a generation on a node that does not lead it |
 //! | `finish` | a save whose leader was lost before its record |
 //! | `states` | whether all ranks have the same state |
+//! | `stopping` | whether the run ends early |
 //! | `save` | when a step is saved, where it lies in memory, how it gets to the store |
 //! | `drain` | the response to a notice: how much can still be saved, and how long that takes |
 //! | `traces` | what ranks tell of their collectives before they are killed |
@@ -20,6 +21,7 @@
 //! | `workers` | the worker processes |
 //! | `fence` | a look at the journal now and then: is the run still ours? |
 //! | `restart` | whether workers that died or hang are started again |
+//! | `pace` | how long ranks of several nodes wait for each other in a first step |
 //! | `blame` | whether a node leaves a group because its workers kill it again and again |
 //!
 //! # Crash, retry, cancel
@@ -37,10 +39,12 @@ pub(crate) mod generation;
 pub(crate) mod group;
 mod lead;
 mod node;
+mod pace;
 mod phase;
 pub(crate) mod restart;
 mod save;
 mod states;
+mod stopping;
 mod traces;
 mod upkeep;
 mod workers;
@@ -48,4 +52,5 @@ mod workers;
 pub(crate) use self::{
     drain::estimate::Estimates,
     save::{borrow::Neighbours, shelf, slots::Slots, upload},
+    stopping::Stopping,
 };

@@ -90,6 +90,7 @@
 //! | retry | Training | upload 10, busy | |
 //! | retry | Draining | hush, upload 10, busy | |
 //! | retry | Salvaging | kill | |
+//! | save held up | Draining | give up the save | Ended: stopped |
 //! | lost to another | Loading, Training, Draining, Salvaging | | Ended: Fenced |
 //! | tick after 5 s | Loading, Training | look | |
 //! | tick after 5 s | Salvaging | look, kill | |
@@ -132,10 +133,11 @@ pub use self::{
 use super::{
     drain::{estimate::Estimates, timeline::Planned},
     effects::{Effect, Effects, Order},
-    fence,
+    fence, finish,
     generation::{End, Load},
     save::{gather::Fetched, scheduler::Moment, upload::SaveEvent},
     states::Seats,
+    stopping::Stopping,
     workers::WorkerEvent,
 };
 use crate::{
@@ -175,6 +177,11 @@ pub enum Event {
         /// Its slot.
         slot: u8,
     },
+    /// A node holds up the last save of a group that was asked to stop, and others do not.
+    HeldUp {
+        /// Seconds for which it has not come further.
+        after_s: u64,
+    },
     /// The run can't go on here: it was taken by another agent, its journal is gone, or an effect could not be
     /// performed.
     Lost(Error),
@@ -193,6 +200,8 @@ pub struct Settings {
     pub config: RunConfig,
     /// The state to load.
     pub load: Load,
+    /// How early stopping stands with the state to load.
+    pub stopping: Stopping,
     /// Measured costs of saves and lifetimes of machines.
     pub measured: Measured,
     /// The address of rank 0's node.
@@ -203,6 +212,8 @@ pub struct Settings {
     pub doubted: bool,
     /// How long a save may take, at least, to be finished on the way out.
     pub finishing: Duration,
+    /// How long ranks of several nodes wait for each other in their first step, at least.
+    pub first_step: Duration,
 }
 
 /// A generation's state. Each phase owns the data that is valid in it alone.
@@ -380,6 +391,16 @@ impl StateMachine {
     /// Whether the group trains, and nobody has asked it to stop.
     pub const fn trains(&self) -> bool {
         matches!(self.phase, Phase::Training(_))
+    }
+
+    /// How long a group that was asked to stop waits for a node that holds up its last save; `None`: it was not asked,
+    /// it is not that far, it is of one node, or a deadline says it. `now`: since the generation began.
+    pub fn waits_for_its_last_save(&self, now: Moment) -> Option<Duration> {
+        let Phase::Draining(Draining { training, .. }) = &self.phase else { return None };
+        let Settings { seats, finishing, .. } = &self.shared.settings;
+        let is_free = training.timeline.left_s(now).is_none();
+        let waits = seats.are_several() && is_free && training.scheduler.has_ended();
+        waits.then(|| finish::limit(*finishing, &self.shared.estimates, training.bytes()))
     }
 
     /// The last step that every rank has finished; of a generation that has ended or never trained, `None`.

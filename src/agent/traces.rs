@@ -9,9 +9,13 @@
 //! first [`KEPT`] ranks a generation, and a put that takes longer than [`PUT`] is given up. Without NCCL there is no
 //! pipe, and nothing is waited for.
 //!
-//! *Crash, cancel:* traces are lost. *Retry:* none.
+//! Those of the [`INCIDENTS`] newest generations that left any are kept, of all nodes; the leader deletes the others when
+//! it has kept its own. So they take little room, and a listing of the heartbeats beside them stays short.
+//!
+//! *Crash, cancel:* traces are lost, or older ones stay: the next leader that keeps its own lists and deletes them.
+//! *Retry:* none.
 
-use std::{os::unix::fs::OpenOptionsExt, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, os::unix::fs::OpenOptionsExt, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::Instant;
@@ -19,7 +23,7 @@ use tokio::time::Instant;
 use crate::{
     ids::{Generation, NodeId, NodeRanks, Rank},
     layout,
-    storage::Store,
+    storage::{StorageError, Store},
     workload::{Collectives, Recorder},
 };
 
@@ -31,8 +35,12 @@ const LOOK: Duration = Duration::from_millis(50);
 const MOST: u64 = 4 << 20;
 /// Ranks of a node whose traces are kept.
 const KEPT: usize = 16;
+/// Generations whose traces are kept.
+const INCIDENTS: usize = 3;
 /// How long the store may take for one.
 const PUT: Duration = Duration::from_secs(10);
+/// How long deleting older ones may take; the rest is left to the next time.
+const PRUNING: Duration = Duration::from_secs(60);
 
 /// The traces of a node's ranks in one generation.
 #[derive(Clone, Debug)]
@@ -69,8 +77,9 @@ impl Traces {
         asked.into_iter().filter_map(|rank| Some((rank, read(&recorder.trace(rank))?))).collect()
     }
 
-    /// Keeps them in the store.
+    /// Keeps them in the store, and deletes those of older generations if this node leads.
     pub async fn keep(&self, traces: Vec<(Rank, Bytes)>) {
+        let any = !traces.is_empty();
         for (rank, trace) in traces {
             let key = layout::trace(&self.node, self.generation, rank);
             match self.run.put_once(&key, trace, PUT).await {
@@ -78,6 +87,31 @@ impl Traces {
                 Err(error) => tracing::debug!(%error, %rank, "a trace could not be kept"),
             }
         }
+        if any && self.ranks.first == Rank(0) {
+            match tokio::time::timeout(PRUNING, self.prune()).await {
+                Ok(Ok(0)) => {}
+                Ok(Ok(deleted)) => tracing::info!(deleted, "traces of older generations are deleted"),
+                Ok(Err(error)) => tracing::debug!(%error, "traces of older generations could not be deleted"),
+                Err(_) => tracing::debug!("traces of older generations could not be deleted in time"),
+            }
+        }
+    }
+
+    /// Deletes the traces of all but the newest generations that have any; how many those were.
+    async fn prune(&self) -> Result<usize, StorageError> {
+        let listed = self.run.list(&format!("{}/", layout::NODES)).await?;
+        let found: Vec<(Generation, String)> = listed
+            .into_iter()
+            .filter_map(|object| Some((layout::trace_generation(&object.key)?, object.key)))
+            .collect();
+        let generations: BTreeSet<Generation> = found.iter().map(|(generation, _)| *generation).collect();
+        let kept: BTreeSet<Generation> = generations.into_iter().rev().take(INCIDENTS).collect();
+        let mut deleted = 0;
+        for (_, key) in found.iter().filter(|(generation, _)| !kept.contains(generation)) {
+            self.run.delete(key).await?;
+            deleted += 1;
+        }
+        Ok(deleted)
     }
 }
 
@@ -149,6 +183,32 @@ mod tests {
         let key = "nodes/n1/trace-g0003-r00004";
         assert_eq!(traces.run.get(key, MOST).await.unwrap(), asked[0].1);
         assert_eq!(layout::heartbeat_node(key), None, "no heartbeat");
+    }
+
+    #[tokio::test]
+    async fn the_leader_deletes_the_traces_of_all_but_the_three_newest_generations_that_have_any() {
+        let mut traces = traces(Collectives::default());
+        let others = [("n1", 3), ("n2", 3), ("n2", 4), ("gone", 9), ("n1", 12)]
+            .map(|(node, generation)| layout::trace(&NodeId::new(node).unwrap(), Generation(generation), Rank(7)));
+        let beside = ["nodes/n1.json", "nodes/n1/trace-g0001-r7", "nodes/n1/notes.txt"].map(str::to_owned);
+        for key in others.iter().chain(&beside) {
+            traces.run.put(key, b"x".as_slice().into()).await.unwrap();
+        }
+        let keys = async |traces: &Traces| -> BTreeSet<String> {
+            traces.run.list("nodes/").await.unwrap().into_iter().map(|object| object.key).collect()
+        };
+        let before = keys(&traces).await;
+        (traces.generation, traces.ranks.first) = (Generation(20), Rank(1));
+        traces.keep(vec![(Rank(1), Bytes::from_static(b"y"))]).await;
+        traces.ranks.first = Rank(0);
+        traces.keep(Vec::new()).await;
+        let own = "nodes/n1/trace-g0020-r00001".to_owned();
+        let all: BTreeSet<String> = before.iter().cloned().chain([own]).collect();
+        assert_eq!(keys(&traces).await, all, "a follower, and a leader without traces, delete nothing");
+        traces.keep(vec![(Rank(0), Bytes::from_static(b"y"))]).await;
+        let own = "nodes/n1/trace-g0020-r00000".to_owned();
+        let left: BTreeSet<String> = all.into_iter().filter(|key| !others[..3].contains(key)).chain([own]).collect();
+        assert_eq!(keys(&traces).await, left);
     }
 
     /// If it were waited for without end, this test would not end.

@@ -127,6 +127,12 @@ pub enum CheckpointError {
         /// The folder.
         path: PathBuf,
     },
+    /// An export would overwrite a checkpoint.
+    #[error("{folder} is the folder of a checkpoint")]
+    IsACheckpoint {
+        /// The folder's URI.
+        folder: String,
+    },
     /// The local file system failed.
     #[error("{doing} {path}")]
     Io {
@@ -155,7 +161,7 @@ impl Explain for CheckpointError {
             Self::TooNew { .. } | Self::NotAModel { .. } | Self::Mismatch { .. } | Self::TooLarge { .. } => {
                 Kind::Config
             }
-            Self::NoSuchStep { .. } | Self::Occupied { .. } => Kind::Usage,
+            Self::NoSuchStep { .. } | Self::Occupied { .. } | Self::IsACheckpoint { .. } => Kind::Usage,
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => Kind::Permission,
             Self::Io { .. } => Kind::Unavailable,
             Self::Incomplete { .. } | Self::Injected(_) | Self::Internal(_) => Kind::Bug,
@@ -181,6 +187,7 @@ impl Explain for CheckpointError {
             }
             Self::TooLarge { .. } => "the sizes in this folder can't be right, or the model needs a larger machine",
             Self::Occupied { .. } => "name a folder that does not exist yet",
+            Self::IsACheckpoint { .. } => "name a folder outside of the runs",
             Self::Io { .. } => "check that the disk has room (`df -h`) and that you may write there (`ls -ld`)",
             Self::Incomplete { .. } | Self::Injected(_) | Self::Internal(_) => return None,
         };
@@ -258,7 +265,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::{
         catalog::newest_usable,
-        export::{Target, export},
+        export::{Form, Target, export},
         restore::{fetch, plan_pieces, tensor_files, weights_from_folder},
         save::{put_manifest, put_shards},
         testing::{checkpoint, expected, memory_store, save},
@@ -280,7 +287,7 @@ mod tests {
             let pieces = plan_pieces(&files, 1000)?.pieces;
             let pieces = pieces.into_iter().map(|piece| (piece, vec![0; piece.len as usize])).collect();
             fetch(&store, &manifest.folder(), &files, pieces, |_| {}).await?;
-            export(&store, &manifest, &Target::Store(store.folder("out")), 1000, |_| {}).await?;
+            export(&store, &manifest, &Target::Store(store.folder("out")), &Form::plain(1000), |_| {}).await?;
             weights_from_folder(&store.folder("out")).await?;
             prune::apply_prune(&store, &[], |_| async { Ok::<_, CheckpointError>(()) }).await
         };

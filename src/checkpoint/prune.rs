@@ -11,7 +11,11 @@
 //! garbage that nobody reads; [`super::garbage`] removes it later. *Retry:* deleting an object that is gone is fine,
 //! and a checkpoint already pruned is no longer in the list that a plan is made from. *Cancel:* like a crash.
 
-use std::{collections::BTreeSet, future::Future, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::Future,
+    time::Duration,
+};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
@@ -26,7 +30,7 @@ use super::{
 use crate::{
     config::{Keep, Spacing},
     ids::{Generation, Step},
-    journal::{Checkpoint, CheckpointStatus, ResumePoint, RunState},
+    journal::{Checkpoint, CheckpointStatus, Committed, ResumePoint, RunState, Stagnation},
     layout,
     storage::Store,
 };
@@ -168,11 +172,28 @@ fn spaced(oldest_first: &[&Checkpoint], every: Option<Spacing>) -> BTreeSet<usiz
 /// Positions in the list of the `count` with the lowest validation loss; of equals, the newer ones. Checkpoints without
 /// a finite loss are left out.
 fn best(oldest_first: &[&Checkpoint], count: u32) -> BTreeSet<usize> {
-    let loss = |checkpoint: &Checkpoint| checkpoint.committed.validation_loss.filter(|loss| loss.is_finite());
+    // A drain does not wait for the measurement of its last state, which a run that may stop early makes later: the
+    // checkpoints after it know the loss.
+    let later: BTreeMap<Step, f64> = oldest_first
+        .iter()
+        .map(|checkpoint| Stagnation::of(&checkpoint.committed.metrics))
+        .map(|standing| (standing.step, standing.loss))
+        .collect();
+    let loss = |checkpoint: &Checkpoint| {
+        let Committed { step, validation_loss, .. } = &checkpoint.committed;
+        validation_loss.or_else(|| later.get(step).copied()).filter(|loss| loss.is_finite())
+    };
     let mut ranked: Vec<(f64, usize)> =
         oldest_first.iter().enumerate().filter_map(|(at, checkpoint)| Some((loss(checkpoint)?, at))).collect();
     ranked.sort_by(|(a, i), (b, j)| a.total_cmp(b).then(j.cmp(i)));
     ranked.into_iter().take(count as usize).map(|(_, at)| at).collect()
+}
+
+/// The checkpoint with the lowest validation loss on the run's current line: the one that `keep.best` keeps first.
+pub fn best_of(state: &RunState) -> Option<&Checkpoint> {
+    let mut line = state.candidates();
+    line.sort_by_key(|checkpoint| order(checkpoint));
+    best(&line, 1).first().and_then(|at| line.get(*at).copied())
 }
 
 /// The checkpoints that a plan deletes, oldest first.

@@ -110,6 +110,7 @@ pub fn config() -> RunConfig {
                     grad_clip: 1.0,
                 },
                 schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
+                early_stopping: None,
             },
             parallel: ParallelConfig {
                 strategy: Strategy::Ddp,

@@ -1,23 +1,28 @@
 //! A run's adapters together with the weights that they were trained beside: for generating text, and for merging.
 //!
 //! The base is read from `model.init_from` and held against the checksums of the run's journal, as at every start of
-//! the run. *Memory:* all weights in fp32, and the base's files meanwhile.
+//! the run. *Memory:* of a model, all weights in fp32, and the base's files meanwhile; of a merge, one layer at a time.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::HashMap, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use tch::{Device, Kind as Element, Tensor};
 
 use super::store;
 use crate::{
+    checkpoint::{
+        export::{self, Change, Exported, Form, Target},
+        restore::RemoteFile,
+    },
     config::{LoraConfig, ModelConfig, Precision},
     error::{Context, Error, Kind, Result},
-    format::header::{self, Dtype},
+    format::header::{self, Dtype, TensorEntry},
     layout,
     model::{self, BuildSettings, Model},
+    storage::Store,
     torch,
     train::state::{Role, Row, State, Tensors},
-    workload::Base,
+    workload::{self, Base},
 };
 
 /// Positions of the sequence on which a merged model is compared with an unmerged one.
@@ -27,8 +32,6 @@ const COMPARED: u32 = 64;
 pub(super) struct Adapted {
     pub model: Box<dyn Model>,
     lora: LoraConfig,
-    /// The base's own files have all weights in bf16.
-    is_bf16: bool,
 }
 
 impl Adapted {
@@ -38,51 +41,22 @@ impl Adapted {
         let ModelConfig { kind, config: description, init_from, lora } = config;
         let (Some(lora), Some(uri)) = (lora, init_from) else { return Ok(None) };
         let base = Base::of_existing_run(uri, lora, &store::LIMITS).await?.files()?;
-        let path = folder.join(layout::ADAPTER);
-        let adapters: Bytes = std::fs::read(&path)
-            .map_err(|error| Error::from_source(Kind::Unavailable, error).context(format!("read {}", path.display())))?
-            .into();
+        let adapters = adapters(folder)?;
         let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: None };
         let model = model::lora::build(*kind, description, &settings, lora)?;
-        let mut is_bf16 = true;
-        for file in &base {
-            is_bf16 &= header::read_foreign(file)?.iter().all(|tensor| tensor.dtype == Dtype::BF16.name());
-        }
         State::of_base(model.as_ref())?.load(&base, true).context(format!("load the weights of {uri}"))?;
         let row = Row { role: Role::Weight, tensors: Tensors::OfModel };
         State::new(model.as_ref(), &[row])?.load(&[adapters], true).context("load the adapters")?;
-        Ok(Some(Self { model, lora: lora.clone(), is_bf16 }))
+        Ok(Some(Self { model, lora: lora.clone() }))
     }
 
-    /// The element type of merged weights, unless one is asked for: that of the base.
-    pub const fn dtype(&self) -> Dtype {
-        if self.is_bf16 { Dtype::BF16 } else { Dtype::F32 }
-    }
-
-    /// Merges the adapters into the weights; returns `model.safetensors` with elements of this type, and the largest
-    /// difference that merging and rounding make to a score of the next token, over a fixed sequence.
-    pub fn merge(self, dtype: Dtype) -> Result<(Bytes, f64)> {
-        let kind = if dtype == Dtype::BF16 { Element::BFloat16 } else { Element::Float };
+    /// The largest difference that merging the adapters into weights of this type makes to a score of the next token,
+    /// over a fixed sequence.
+    pub fn difference(self, dtype: Dtype) -> Result<f64> {
         let before = self.scores()?;
-        model::lora::merge(self.model.as_ref(), &self.lora, kind)?;
+        model::lora::merge(self.model.as_ref(), &self.lora, element(dtype)?)?;
         let apart = self.scores()?.f_sub(&before).and_then(|apart| apart.f_abs()?.f_max()?.f_double_value(&[]));
-        let apart = torch::tch_result("compare scores", apart)?;
-
-        let mut weights: BTreeMap<&str, Tensor> = BTreeMap::new();
-        for parameter in self.model.parameters().iter().filter(|parameter| parameter.is_base()) {
-            let rounded = torch::tch_result("round weights", parameter.values().f_to_kind(kind))?;
-            weights.insert(&parameter.name, rounded);
-        }
-        let extents = |tensor: &Tensor| tensor.size().into_iter().map(|it| u64::try_from(it).unwrap_or(0)).collect();
-        let shapes: Vec<(&str, Vec<u64>)> = weights.iter().map(|(name, tensor)| (*name, extents(tensor))).collect();
-        let header = header::write(shapes.iter().map(|(name, shape)| (*name, dtype, shape.as_slice())));
-        let mut file = header.ok_or_else(|| Error::new(Kind::Config, "the weights are too large for one file"))?;
-        for tensor in weights.values() {
-            let start = file.len();
-            file.resize(start + torch::byte_len(tensor)?, 0);
-            torch::store_bytes(tensor, &mut file[start..])?;
-        }
-        Ok((file.into(), apart))
+        Ok(torch::tch_result("compare scores", apart)?)
     }
 
     fn scores(&self) -> Result<Tensor> {
@@ -96,16 +70,114 @@ impl Adapted {
     }
 }
 
-/// A model's description with the element type of its files, in the spellings of all versions of transformers.
-pub(super) fn described(config: &[u8], dtype: Dtype) -> Result<Bytes> {
-    let mut config: serde_json::Value = serde_json::from_slice(config)
-        .map_err(|error| Error::from_source(Kind::Data, error).context("read config.json"))?;
-    let name = if dtype == Dtype::BF16 { "bfloat16" } else { "float32" };
-    if let Some(map) = config.as_object_mut() {
-        if map.contains_key("dtype") {
-            map.insert("dtype".into(), name.into());
-        }
-        map.insert("torch_dtype".into(), name.into());
+/// The adapters of an exported folder.
+fn adapters(folder: &Path) -> Result<Bytes> {
+    let path = folder.join(layout::ADAPTER);
+    let read = std::fs::read(&path);
+    let failed = |error| Error::from_source(Kind::Unavailable, error).context(format!("read {}", path.display()));
+    read.map(Bytes::from).map_err(failed)
+}
+
+/// A run's base and its adapters, not merged yet: no weights are in memory.
+pub(super) struct Merger<'a> {
+    model: &'a ModelConfig,
+    uri: &'a str,
+    base: Store,
+    files: Vec<RemoteFile>,
+    layers: Layers,
+    /// The element type of merged weights.
+    pub dtype: Dtype,
+}
+
+impl<'a> Merger<'a> {
+    /// `None`: the run with this configuration has no adapters. `folder`: where the checkpoint was exported to. Without
+    /// an `asked` type, that of the base: bf16 if all of its weights are, else fp32.
+    pub async fn open(model: &'a ModelConfig, folder: &Path, asked: Option<Dtype>) -> Result<Option<Self>> {
+        let (Some(lora), Some(uri)) = (&model.lora, &model.init_from) else { return Ok(None) };
+        let (base, files) = Base::look(uri, lora, &store::LIMITS).await?;
+        let dtype = match asked {
+            Some(dtype) => dtype,
+            None => match export::all_are(&base, files.clone(), Dtype::BF16).await {
+                Ok(true) => Dtype::BF16,
+                Ok(false) => Dtype::F32,
+                Err(error) => return Err(workload::unlike(uri, error)),
+            },
+        };
+        let bytes = adapters(folder)?;
+        let tensors = header::read(&bytes).map_err(Error::from).context("read the adapters")?;
+        let tensors = tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+        let layers = Layers { bytes, tensors, scale: lora.scale() };
+        Ok(Some(Self { model, uri, base, files, layers, dtype }))
     }
-    serde_json::to_vec_pretty(&config).map(Bytes::from).map_err(|error| Error::from_source(Kind::Bug, error))
+
+    /// Writes the merged model, layer by layer, and these files beside it.
+    pub async fn write(self, small: Vec<(String, Bytes)>, target: &Target, form: &Form) -> Result<Exported> {
+        if let Target::Store(to) = target
+            && to.uri() == self.base.uri()
+        {
+            let what = format!("{} has the weights that the adapters were trained beside", to.uri());
+            return Err(Error::new(Kind::Usage, what).with_hint("name another folder: an export would replace them"));
+        }
+        let shapes = model::parameter_shapes(self.model.kind, &self.model.config)?;
+        let form = Form { dtype: Some(self.dtype), ..*form };
+        let base = (&self.base, self.files);
+        let exported = export::changed(base, &shapes, Arc::new(self.layers), small, target, &form).await;
+        exported.map_err(|error| workload::unlike(self.uri, error))
+    }
+}
+
+/// The adapters of all layers.
+struct Layers {
+    /// The file that they are in.
+    bytes: Bytes,
+    tensors: HashMap<String, TensorEntry>,
+    scale: f64,
+}
+
+impl Layers {
+    fn get(&self, name: &str) -> Option<Result<Tensor, String>> {
+        let TensorEntry { dtype, shape, range, .. } = self.tensors.get(name)?;
+        let range = usize::try_from(range.start).ok().zip(usize::try_from(range.end).ok());
+        let bytes = range.and_then(|(start, end)| self.bytes.get(start..end)).unwrap_or_default();
+        Some(tensor(bytes, shape, *dtype))
+    }
+}
+
+impl Change for Layers {
+    fn concerns(&self, name: &str) -> bool {
+        model::lora::names(name).iter().all(|name| self.tensors.contains_key(name))
+    }
+
+    fn apply(&self, name: &str, shape: &[u64], bytes: &[u8], stored: Dtype, written: Dtype) -> Result<Vec<u8>, String> {
+        let [a, b] = model::lora::names(name).map(|name| self.get(&name));
+        let (a, b) = a.zip(b).ok_or("it has no adapter")?;
+        let weight = tensor(bytes, shape, stored)?;
+        let kind = element(written).map_err(|error| error.to_string())?;
+        let merged = model::lora::merged(&weight, &a?, &b?, self.scale, kind).map_err(|error| error.to_string())?;
+        let said = |error: torch::TorchError| error.to_string();
+        let mut bytes = vec![0; torch::byte_len(&merged).map_err(said)?];
+        torch::store_bytes(&merged, &mut bytes).map_err(said)?;
+        Ok(bytes)
+    }
+}
+
+/// A tensor of these bytes, in fp32.
+fn tensor(bytes: &[u8], shape: &[u64], dtype: Dtype) -> Result<Tensor, String> {
+    let extents: Vec<i64> = shape.iter().map(|&extent| i64::try_from(extent).unwrap_or(i64::MAX)).collect();
+    if dtype.bytes(shape) != Some(bytes.len() as u64) {
+        return Err(format!("{} bytes are no tensor of shape {shape:?}", bytes.len()));
+    }
+    let kind = element(dtype).map_err(|error| error.to_string())?;
+    let tensor = Tensor::f_from_data_size(bytes, &extents, kind).and_then(|tensor| tensor.f_to_kind(Element::Float));
+    tensor.map_err(|error| error.to_string())
+}
+
+/// LibTorch's name of a float type.
+fn element(dtype: Dtype) -> Result<Element> {
+    match dtype {
+        Dtype::F32 => Ok(Element::Float),
+        Dtype::BF16 => Ok(Element::BFloat16),
+        Dtype::F16 => Ok(Element::Half),
+        Dtype::I64 => Err(Error::new(Kind::Data, "weights can't be whole numbers")),
+    }
 }

@@ -37,6 +37,7 @@ Examples:
   trainer data prepare --input s3://bucket/text --tokenizer tokenizer.json --out s3://bucket/tokens
   trainer data prepare --input '*.jsonl.zst' --text-field doc.text --tokenizer my-model --out data
   trainer data prepare --input chats.jsonl --format chat --sequence-length 2048 --tokenizer my-model --out data
+  trainer data prepare --source web='web/**/*.txt' --source code=s3://bucket/code --tokenizer my-model --out data
 
 The first bytes of a file decide how it is read: as JSON lines, an array of JSON objects,
 Parquet, or plain text. Each may be compressed with gzip or zstd.
@@ -44,8 +45,11 @@ Tables, other archives and text that is not UTF-8 are left out, up to 5 of 100 f
 The same inputs and settings give the same shards; a dataset that already exists is reused.")]
 pub struct Prepare {
     /// A path, folder, glob or URI of text, JSON records or Parquet; repeatable
-    #[arg(long, required = true, value_name = "GLOB|URI", num_args = 1)]
+    #[arg(long, required_unless_present = "source", value_name = "GLOB|URI", num_args = 1)]
     input: Vec<String>,
+    /// The same with a name, by which its held-out loss is reported; repeatable
+    #[arg(long, value_name = "NAME=GLOB|URI", num_args = 1, value_parser = named)]
+    source: Vec<(String, String)>,
     /// A Hugging Face tokenizer.json or its folder, by path or URI, or train:VOCAB to train one on the input
     #[arg(long, value_name = "FILE|DIR|URI|train:VOCAB")]
     tokenizer: TokenizerSource,
@@ -76,6 +80,9 @@ pub struct Prepare {
     /// The day that a chat template is told when it asks for today's date
     #[arg(long, value_name = "YYYY-MM-DD", help_heading = "Documents")]
     date: Option<Date>,
+    /// The name of the chat template, of a folder with several [default: `tool_use` for chats with tools, else `default`]
+    #[arg(long, value_name = "NAME", help_heading = "Documents")]
+    chat_template: Option<String>,
     /// The share of the text that is kept for validation, 0 to 0.5 [default: 0.01]
     #[arg(long, value_name = "SHARE", help_heading = "Details")]
     validation_ratio: Option<f64>,
@@ -129,6 +136,12 @@ enum Unfit {
     Drop,
 }
 
+/// `NAME=INPUT`.
+fn named(text: &str) -> std::result::Result<(String, String), String> {
+    let (name, input) = text.split_once('=').ok_or("write NAME=INPUT, such as code='src/**/*.rs'")?;
+    Ok((name.to_owned(), input.to_owned()))
+}
+
 impl Data {
     pub(super) fn execute(self, screen: &Screen) -> Result<ExitCode> {
         match self {
@@ -158,6 +171,7 @@ impl Prepare {
     fn settings(self) -> Result<PrepareSettings> {
         let defaults = PrepareSettings::new(self.input, self.tokenizer, store::absolute(&self.out)?);
         Ok(PrepareSettings {
+            sources: self.source,
             validation_ratio: self.validation_ratio.unwrap_or(defaults.validation_ratio),
             shard_tokens: self.shard_tokens.unwrap_or(defaults.shard_tokens),
             text_field: self.text_field.unwrap_or(defaults.text_field),
@@ -175,6 +189,7 @@ impl Prepare {
                 sequence_length: self.sequence_length,
                 apart: self.documents == Neighbours::Apart,
                 date: self.date,
+                chat_template: self.chat_template,
                 drop_too_long: self.too_long == Unfit::Drop,
                 drop_without_target: self.without_target == Unfit::Drop,
             },

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     config::{self, Machine, RunConfig, Sources},
     doctor::{self, Line, Machines, Verdict, exit_code},
-    error::Result,
+    error::{Error, Kind, Result},
     ids::RunId,
     report::human,
 };
@@ -24,6 +24,8 @@ Examples:
   trainer doctor config.toml --store s3://bucket/runs
   trainer doctor config.toml --run-id reports-2026q4     # also its saves and its nodes
   trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3       # checks the quota
+  trainer doctor --instance-type g5.xlarge --region us-east-1 --subnet subnet-1 --subnet subnet-2 \\
+    --image 123456789012.dkr.ecr.us-east-1.amazonaws.com/trainer@sha256:…     # before a deployment
 
 Exit codes: 0 if nothing failed (warnings are possible), else that of the worst failure:
   69  a service does not answer, or the machine is short of something
@@ -47,20 +49,26 @@ pub struct Doctor {
 }
 
 /// The wanted machines.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct MachinesArg {
     /// The EC2 instance type wanted as spot machines, such as g5.xlarge [default: this machine's, if on EC2]
     #[arg(long, value_name = "TYPE", value_parser = name)]
     instance_type: Option<String>,
     /// The region they run in [default: as for AWS's tools]
-    #[arg(long, value_name = "REGION", requires = "instance_type", value_parser = name)]
+    #[arg(long, value_name = "REGION", value_parser = name)]
     region: Option<String>,
     /// How many machines at once
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     count: u32,
+    /// A subnet of AWS that they are to be started in; repeatable
+    #[arg(long = "subnet", value_name = "SUBNET", value_parser = name)]
+    subnets: Vec<String>,
+    /// The container image that they run
+    #[arg(long, value_name = "IMAGE")]
+    image: Option<String>,
 }
 
-/// Both become part of requests.
+/// These become part of requests.
 fn name(text: &str) -> Result<String, String> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.".contains(&b);
     let is_plain = (1..=64).contains(&text.len()) && text.bytes().all(plain);
@@ -70,13 +78,17 @@ fn name(text: &str) -> Result<String, String> {
 impl Doctor {
     pub(super) fn execute(self) -> Result<ExitCode> {
         let Self { store: named, run_id, workers, machines, json, .. } = &self;
-        let MachinesArg { instance_type, region, count } = machines;
+        let MachinesArg { instance_type, region, count, subnets, image } = machines.clone();
+        if region.is_some() && instance_type.is_none() && subnets.is_empty() && image.is_none() {
+            let what = "--region needs --instance-type, --subnet or --image: what is to be checked there?";
+            return Err(Error::new(Kind::Usage, what));
+        }
         let doctor = doctor::Doctor {
             config: self.configuration(),
             store: named.as_deref().map(store::absolute),
             run_id: run_id.clone(),
             nproc_per_node: workers.nproc_per_node.map(Workers::count),
-            machines: Machines { instance_type: instance_type.clone(), region: region.clone(), count: *count },
+            machines: Machines { instance_type, region, count, subnets, image },
         };
         let lines = store::block_on(async { Ok(doctor.look().await) })?;
         let text = if json.json { output::json_lines(&lines)? } else { shown(&lines) };

@@ -6,7 +6,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::{
-    args::{JsonArg, RunArg},
+    args::{JsonArg, RunArg, StoreArg},
     output, store,
 };
 use crate::{
@@ -40,6 +40,9 @@ pub struct Drain {
     no_wait: bool,
     #[command(flatten)]
     json: JsonArg,
+    /// A run that has stopped already is as good.
+    #[arg(skip)]
+    or_stopped: bool,
 }
 
 /// What `--json` prints.
@@ -109,12 +112,23 @@ fn progress(state: &RunState, generation: Generation) -> Progress {
 }
 
 impl Drain {
+    /// The command for this run; it waits until the run has stopped, which it may have done already.
+    pub(super) fn of(run_id: RunId, store: Option<String>, json: JsonArg) -> Self {
+        Self { run: RunArg { run_id, store: StoreArg { store } }, no_wait: false, json, or_stopped: true }
+    }
+
     pub(super) fn execute(self) -> Result<ExitCode> {
         store::block_on(async {
             let (root, run_id) = (self.run.store.open()?, &self.run.run_id);
             let folder = root.folder(run_id.as_str());
             let mut journal = history::open(&root, run_id).await?;
-            let formed = alive(&folder, journal.state()).await?;
+            let formed = match alive(&folder, journal.state()).await {
+                Err(stopped) if self.or_stopped && stopped.kind() == Kind::Usage => {
+                    report::say(format!("{stopped}\n"));
+                    return Ok(ExitCode::SUCCESS);
+                }
+                formed => formed?,
+            };
             let (generation, nodes) = (formed.generation, formed.is_of_several().then_some(formed.roster.len()));
             let first = drain::ask(&folder, generation).await?;
             report::say(asking(run_id, generation, nodes, first));

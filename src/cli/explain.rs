@@ -17,12 +17,13 @@ use crate::{
         rosters::{RosterView, rosters},
     },
     ids::{NodeId, Step},
-    journal::{DrainPlan, FormedReason, Means, RunState},
+    journal::{DrainPlan, EarlyStop, FormedReason, Means, RunState},
     rendezvous::{
         cost::{Requests, a_day, usd_a_day},
         membership::Role,
     },
     report::human,
+    workload::words,
 };
 
 /// Explain each interruption: which notice came, what was done, what it cost; and who came and went
@@ -53,11 +54,13 @@ impl Explain {
         let group = Group::of(&state, is_local);
         let text = if self.json.json {
             let mut text = output::json_lines(&episodes)?;
-            text.push_str(&output::json_lines([&Summary { total: &total, group: group.as_ref() }])?);
+            let early = history::early(&state);
+            text.push_str(&output::json_lines([&Summary { total: &total, group: group.as_ref(), early }])?);
             text
         } else {
             let mut text = text(&episodes, &total);
             text.push_str(&group.map(|group| group.text()).unwrap_or_default());
+            text.push_str(&ended(&state));
             text
         };
         output::emit(&text)?;
@@ -73,6 +76,17 @@ struct Summary<'a> {
     /// Of a run with several nodes.
     #[serde(flatten)]
     group: Option<&'a Group<'a>>,
+    /// Why the run is complete before its last step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    early: Option<EarlyStop>,
+}
+
+/// Why a run is complete before its last step, if it is; and what makes it go on.
+fn ended(state: &RunState) -> String {
+    let early = history::early(state).zip(history::last_step(state));
+    early.map_or_else(String::new, |(early, step)| {
+        format!("\nstopped early after step {step}: {early}\n   {}\n", words::stops_later(&early))
+    })
 }
 
 /// The nodes of a run with several.
@@ -371,7 +385,7 @@ mod tests {
             formed(3, Some((10, 1)), &[]),
             committed(40, 3),
             formed(4, Some((40, 3)), &[]),
-            Record::Completed { generation: Generation(4), step: Step(50), loss: Some(1.0) },
+            Record::Completed { generation: Generation(4), step: Step(50), loss: Some(1.0), early: None },
             formed(5, Some((40, 3)), &[("train.steps", "500")]),
         ])
     }
@@ -432,7 +446,7 @@ nodes
 "
         );
         let episodes = episodes(&state);
-        let summary = Summary { total: &total(&state, &episodes), group: Some(&group) };
+        let summary = Summary { total: &total(&state, &episodes), group: Some(&group), early: None };
         let json: serde_json::Value = serde_json::from_str(&output::json_lines([&summary]).unwrap()).unwrap();
         assert_eq!((&json["run_id"], &json["interruptions"]), (&"first".into(), &2.into()));
         let second = &json["generations"][1];
@@ -460,7 +474,7 @@ nodes
         let (episodes, group) = (episodes(&state), Group::of(&state, false));
         let total = total(&state, &episodes);
         assert!(group.is_none());
-        let summary = output::json_lines([&Summary { total: &total, group: None }]).unwrap();
+        let summary = output::json_lines([&Summary { total: &total, group: None, early: None }]).unwrap();
         assert_eq!(summary, output::json_lines([&total]).unwrap());
         assert_eq!(
             summary,

@@ -15,11 +15,11 @@ use super::{
     export, output, store,
 };
 use crate::{
-    checkpoint::export::Target,
+    checkpoint::export::{Form, Target},
     config::ModelKind,
     data::tokenizer::{EndToken, TextTokenizer},
     error::{Error, Kind, Result},
-    history,
+    history::{self, Which},
     ids::{Step, random_hex},
     layout,
     model::{self, ModelError, generate::GenerateSettings},
@@ -31,9 +31,9 @@ use crate::{
 pub struct Generate {
     #[command(flatten)]
     pub(super) run: RunArg,
-    /// The checkpoint of this step [default: the newest]
+    /// The checkpoint of this step, or `best`: of the lowest held-out loss [default: the newest]
     #[arg(long, value_name = "STEP")]
-    step: Option<Step>,
+    step: Option<Which>,
     /// The beginning of the text
     #[arg(long, value_name = "TEXT")]
     prompt: String,
@@ -73,7 +73,7 @@ impl Generate {
             let model = &state.config().workload.model;
             // A program's own task is refused by name, before anything is fetched.
             model::context(model.kind, &model.config)?;
-            let (step, _) = export::export(&self.run, self.step, &target).await?;
+            let (step, _) = export::export(&self.run, self.step, &target, &Form::plain(export::part())).await?;
             Ok((step, Adapted::load(model, &exported).await?))
         })?;
         let ends = end_ids(&exported.join(layout::GENERATION_CONFIG))?;
@@ -106,6 +106,14 @@ impl Generate {
         live.say(text.get(live.shown..).unwrap_or_default());
         live.say("\n");
         live.read?;
+        let longest = model.max_sequence_length() as usize;
+        // The last token that is made is no input.
+        if (prompt.len() + new.len()).saturating_sub(1) > longest {
+            tracing::warn!(
+                "the model reads {longest} positions: tokens beyond follow from the last {longest} alone, and programs \
+                 that go on with more positions make others"
+            );
+        }
         if self.json.json {
             let generated = Generated { step, prompt: &self.prompt, text: &text, tokens: new.len() };
             output::emit(&output::json_lines([&generated])?)?;

@@ -14,6 +14,7 @@ mod drain;
 mod explain;
 mod export;
 mod generate;
+mod group;
 mod nodes;
 mod output;
 mod prune;
@@ -77,6 +78,8 @@ enum Command {
     Explain(explain::Explain),
     Verify(verify::Verify),
     Drain(drain::Drain),
+    Wake(group::Wake),
+    Stop(group::Stop),
     Export(export::Export),
     Generate(generate::Generate),
     Prune(prune::Prune),
@@ -216,6 +219,8 @@ impl Command {
             Self::Explain(command) => command.execute(),
             Self::Verify(command) => command.execute(),
             Self::Drain(command) => command.execute(),
+            Self::Wake(command) => command.execute(),
+            Self::Stop(command) => command.execute(),
             Self::Export(command) => command.execute(),
             Self::Generate(command) => command.execute(),
             Self::Prune(command) => command.execute(),

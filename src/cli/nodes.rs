@@ -26,8 +26,12 @@ pub(super) fn lines(nodes: &Overview<'_>, now: Timestamp) -> Vec<(&'static str, 
         lines.push(("node", format!("{more} more; --json lists them all")));
     }
     lines.extend(waiting(nodes).take(SHOWN).map(|view| {
-        let NodeView { node, workers, .. } = view;
-        ("waiting", format!("{node}: {}; {}", human::plural((*workers).into(), "worker"), life(view, now)))
+        let NodeView { node, workers, stays_out, .. } = view;
+        let mut text = format!("{node}: {}; {}", human::plural((*workers).into(), "worker"), life(view, now));
+        if let Some(why) = stays_out {
+            text.push_str(&format!("; {why}"));
+        }
+        ("waiting", text)
     }));
     lines
 }
@@ -106,6 +110,7 @@ mod tests {
             kind: None,
             address: None,
             out_of_reach_of: Vec::new(),
+            stays_out: None,
         }
     }
 

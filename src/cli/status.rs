@@ -13,7 +13,7 @@ use super::{
 use crate::{
     config::{self, Cadence, RunConfig, TrainTask},
     error::{Error, Kind, Result},
-    history::{self, Checkpoint, Interruption, Standing},
+    history::{self, Checkpoint, HeldOut, Interruption, Standing},
     ids::{Generation, RunId, Step, WorldSize},
     journal::{Formation, Outcome, RunState},
     rendezvous::overview::{self, Overview, Sighting},
@@ -49,6 +49,9 @@ struct Report<'a> {
     state: Standing,
     /// The reason for a failure.
     failure: Option<&'a str>,
+    /// Why the run is complete before its last step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    early: Option<String>,
     generation: Generation,
     world_size: Option<WorldSize>,
     /// Of a run with several nodes.
@@ -58,6 +61,9 @@ struct Report<'a> {
     step: Option<Step>,
     total_steps: u64,
     newest_checkpoint: Option<Checkpoint<'a>>,
+    /// The newest checkpoint whose held-out loss was measured, and the one with the lowest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held_out: Option<HeldOut>,
     /// From the newest checkpoint to `step`.
     lag_steps: u64,
     checkpoints: usize,
@@ -133,6 +139,7 @@ impl<'a> Report<'a> {
         let config = history::config(state);
         let (newest, step) = (state.newest(), history::last_step(state));
         let safe = newest.map_or(Step(0), |checkpoint| checkpoint.committed.step);
+        let mixed = config.workload.parallel.mixed;
         Self {
             run_id: state.run_id(),
             store,
@@ -141,9 +148,11 @@ impl<'a> Report<'a> {
                 Outcome::Failed { reason, .. } => Some(reason),
                 Outcome::Open | Outcome::Completed { .. } => None,
             },
+            early: history::early(state).map(|early| format!("stopped early: {early}")),
+            held_out: HeldOut::of(state),
             generation: state.generation(),
             world_size: state.formed().map(|formed| formed.world_size),
-            group: may_have_nodes(state).then(|| overview::overview(state.formed(), seen, now)).flatten(),
+            group: may_have_nodes(state).then(|| overview::overview(state.formed(), seen, now, mixed)).flatten(),
             step,
             total_steps: config.workload.train.steps,
             newest_checkpoint: newest.map(Checkpoint::from),
@@ -176,6 +185,9 @@ impl<'a> Report<'a> {
         let step = self.step.unwrap_or_default();
         lines.push(("step", format!("{step} of {} (the last in the journal)", self.total_steps)));
         lines.push(("checkpoint", self.checkpoint_text(now)));
+        if let Some(held_out) = &self.held_out {
+            lines.push(("held out", held_out.to_string()));
+        }
         let count = human::plural(self.interruptions.len() as u64, "interruption");
         lines.push(("lost", format!("{} in {count}", human::plural(self.lost_steps, "step"))));
         for (key, value) in &self.overrides {
@@ -200,7 +212,7 @@ impl<'a> Report<'a> {
 
     fn state_text(&self, now: Timestamp) -> String {
         let when = human::ago(self.last_activity, now);
-        match (self.state, self.failure) {
+        match (self.state, self.failure.or(self.early.as_deref())) {
             (Standing::InProgress, _) => format!("in progress, last heard of {when}"),
             (state, Some(reason)) => format!("{} {when}: {reason}", state.word()),
             (state, None) => format!("{} {when}", state.word()),
@@ -306,7 +318,7 @@ saving       automatic, the newest 3 are kept
             }),
             sighting("n2", second - 120, |_| {}),
             sighting("n3", second - 20, |group| group.state = State::CutOff),
-            sighting("n9", second - 5, |group| group.state = State::Waiting),
+            sighting("n9", second - 5, |group| (group.state, group.kind) = (State::Waiting, "B".into())),
         ];
         let now = Timestamp::from_second(second).unwrap();
         let state = state(running.clone());
@@ -319,7 +331,8 @@ node        n1: ranks 0 to 3, leads; alive, last beat 2s ago
 node        n2: ranks 4 to 7; silent, last beat 2m ago; out of reach of n1
 node        n3: rank 8; alive, last beat 20s ago; has lost its leader
 node        n4: a spare without workers; no heartbeat
-waiting     n9: 8 workers; alive, last beat 5s ago
+waiting     n9: 8 workers; alive, last beat 5s ago; it computes with \"B\", and others with \
+                    \"NVIDIA A100-SXM4-40GB\" (parallel.mixed)
 step        10 of";
         assert!(text.contains(expected), "{text}");
         let json: serde_json::Value = serde_json::from_str(&output::json_lines([&report]).unwrap()).unwrap();
@@ -332,7 +345,7 @@ step        10 of";
 
         // Nobody is asked for a beat when the run has ended.
         let (generation, step) = (Generation(1), Step(10));
-        let last = Record::Completed { generation, step, loss: Some(1.0) };
+        let last = Record::Completed { generation, step, loss: Some(1.0), early: None };
         let ended = self::state(running.into_iter().chain([last]).collect());
         assert!(!may_have_nodes(&ended));
         assert_eq!(Report::new(&ended, String::new(), &seen, now).group, None);

@@ -47,18 +47,22 @@ trainer checkpoints: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer explain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer verify: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --all --deep --json
 trainer drain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --no-wait --json
-trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --merge --dtype --json
+trainer wake: --group (TRAINER_GROUP) --region --queue (TRAINER_QUEUE) --machines --release --json
+trainer stop: --group (TRAINER_GROUP) --region --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --hold --json
+trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --merge --dtype \
+--max-shard-size --no-compare --json
 trainer generate: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --prompt --tokens --temperature --seed \
 --eos-token --json
 trainer prune: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --keep-last --keep-every --keep-best --damaged \
 --dry-run --json
 trainer doctor: CONFIG --store (TRAINER_STORE) --run-id (TRAINER_RUN_ID) --nproc-per-node --instance-type --region \
---count --json
+--count --subnet --image --json
 trainer simulate: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --trace --mtbf --lifetimes --nodes \
 --elastic --reform --together --wait --stall --durable --restart --notice --notice-share --work --step-time \
 --every --on-demand-price --spot-price --reserved-price --trials --seed --json
-trainer data prepare: --input --tokenizer --out --json --format --pack --sequence-length --documents --too-long \
---without-target --date --validation-ratio --text-field --eos-token --shard-tokens --sample-bytes --threads \
+trainer data prepare: --input --source --tokenizer --out --json --format --pack --sequence-length --documents \
+--too-long --without-target --date --chat-template --validation-ratio --text-field --eos-token --shard-tokens \
+--sample-bytes --threads \
 --skip-unreadable --bad-records --overwrite
 trainer completions: SHELL
 trainer worker: "

@@ -16,8 +16,8 @@ use crate::{
         verify::{self, Depth, FileReport, Proof, Report},
     },
     error::{Context, Error, Kind, Result},
-    history,
-    ids::{NodeId, RunId, Step},
+    history::{self, Which},
+    ids::{NodeId, RunId},
     journal::{self, Checkpoint, CheckpointStatus, Committed, Journal, RunState},
     report::human,
     storage::Store,
@@ -41,9 +41,9 @@ Nothing else is changed. Exit code 65 if anything is damaged.")]
 pub struct Verify {
     #[command(flatten)]
     pub(super) run: RunArg,
-    /// The checkpoint of this step [default: the newest]
+    /// The checkpoint of this step, or `best`: of the lowest held-out loss [default: the newest]
     #[arg(long, value_name = "STEP", conflicts_with = "all")]
-    step: Option<Step>,
+    step: Option<Which>,
     /// Every checkpoint that has not been pruned
     #[arg(long)]
     all: bool,
@@ -134,7 +134,8 @@ impl Verify {
 
     fn chosen<'a>(&self, state: &'a RunState) -> Result<Vec<&'a Checkpoint>> {
         let mut kept = state.checkpoints().iter().filter(|checkpoint| checkpoint.status != CheckpointStatus::Pruned);
-        let chosen: Vec<&Checkpoint> = match self.step {
+        let step = self.step.map(|which| which.step(state)).transpose()?;
+        let chosen: Vec<&Checkpoint> = match step {
             Some(step) => kept.filter(|checkpoint| checkpoint.committed.step == step).collect(),
             None if self.all => kept.collect(),
             // If the newest checkpoint is known to be damaged, it is reported, too, before the one that a resume would
@@ -142,7 +143,7 @@ impl Verify {
             None => kept.next_back().into_iter().collect(),
         };
         if chosen.is_empty() {
-            let what = self.step.map_or_else(|| "checkpoint".into(), |step| format!("checkpoint of step {step}"));
+            let what = step.map_or_else(|| "checkpoint".into(), |step| format!("checkpoint of step {step}"));
             return Err(Error::new(Kind::Usage, format!("run {} has no {what}", self.run.run_id))
                 .with_hint(format!("`trainer checkpoints --run-id {}` lists them", self.run.run_id)));
         }
@@ -236,7 +237,7 @@ mod tests {
         checkpoint::testing::{HARMS, harm, memory_store},
         cli::args::StoreArg,
         history::tests::run_that_pruned,
-        ids::Generation,
+        ids::{Generation, Step},
         layout,
     };
 
@@ -257,7 +258,7 @@ mod tests {
             cleared.unwrap();
             assert!(looked.len() == 2 && looked.iter().all(|looked| looked.pruned && looked.report.is_sound()));
             assert_eq!(told(&looked).lines().filter(|line| line.contains("pruned")).count(), 2, "{}", told(&looked));
-            let (looked, _) = verify(Some(Step(1)), false).look_from(&root, stale.clone()).await.unwrap();
+            let (looked, _) = verify(Some(Which::Step(Step(1))), false).look_from(&root, stale.clone()).await.unwrap();
             assert!(looked[0].pruned && looked[0].report.is_sound());
             let (looked, _) = verify(None, false).look_from(&root, stale.clone()).await.unwrap();
             assert_eq!((looked.len(), looked[0].report.step, looked[0].pruned), (1, newest.step, false));

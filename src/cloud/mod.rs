@@ -19,10 +19,13 @@ pub mod imds;
 pub mod leave;
 pub mod lifecycle;
 pub mod metadata;
+pub mod network;
 pub mod power;
 pub mod quota;
 pub mod region;
+pub mod registry;
 pub mod routes;
+pub mod scaling;
 pub mod sqs;
 pub mod ssm;
 #[cfg(test)]

@@ -82,6 +82,15 @@ pub struct Redrive {
     pub max_receive_count: u32,
 }
 
+/// How much work a queue has, about: SQS counts with a delay of up to a minute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Depth {
+    /// Messages that nobody works on.
+    pub waiting: u32,
+    /// Messages that somebody has received and not deleted.
+    pub at_work: u32,
+}
+
 impl Queue {
     /// The queue at `url`, as SQS gives it. No request is made.
     ///
@@ -116,6 +125,26 @@ impl Queue {
         let answer = bounded("read attributes of the queue", CALL, call).await?;
         let text = answer.attributes().and_then(|all| all.get(&QueueAttributeName::RedrivePolicy));
         Ok(text.and_then(|text| redrive(text)))
+    }
+
+    /// How much work it has.
+    pub async fn depth(&self) -> Result<Depth> {
+        use QueueAttributeName::{ApproximateNumberOfMessages, ApproximateNumberOfMessagesNotVisible};
+        let call = self.client.get_queue_attributes().queue_url(&self.url);
+        let call = call.attribute_names(ApproximateNumberOfMessages);
+        let call = call.attribute_names(ApproximateNumberOfMessagesNotVisible).send();
+        let answer = bounded("count the messages of the queue", CALL, call).await?;
+        let count = |name: &QueueAttributeName| {
+            let text = answer.attributes().and_then(|all| all.get(name));
+            text.and_then(|text| text.parse().ok()).ok_or_else(|| {
+                Error::new(Kind::Unavailable, format!("the queue does not say its {}", name.as_str()))
+                    .context("count the messages of the queue")
+            })
+        };
+        Ok(Depth {
+            waiting: count(&ApproximateNumberOfMessages)?,
+            at_work: count(&ApproximateNumberOfMessagesNotVisible)?,
+        })
     }
 
     /// The next message, hidden from others for `lease`; waits for one up to `wait`.

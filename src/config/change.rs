@@ -3,9 +3,9 @@
 use toml::Value;
 
 use super::{
-    ALL_LINEAR, CheckpointConfig, ConfigError, DataConfig, Keep, ModelConfig, ModelKind, NetworkConfig, NoticeConfig,
-    OnComplete, OptimizerConfig, ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig,
-    TrainTask,
+    ALL_LINEAR, CheckpointConfig, ConfigError, DataConfig, EarlyStopping, Keep, ModelConfig, ModelKind, NetworkConfig,
+    NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig,
+    TrainConfig, TrainTask,
     error::Origin,
     own,
     raw::Raw,
@@ -44,7 +44,9 @@ pub fn effect(key: &str) -> Effect {
         | "parallel.nproc_per_node"
         | "parallel.device"
         | "parallel.mixed"
-        | "data.validation_every" => Effect::Free,
+        | "data.validation_every"
+        | "train.early_stopping.patience"
+        | "train.early_stopping.min_delta" => Effect::Free,
         // It was checked when the run was created.
         "data.tokenizer" => Effect::Free,
         "task.name" => Effect::Fixed("the checkpoints' tensors belong to this task"),
@@ -157,8 +159,19 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let TrainTask { model, data, train, parallel } = workload;
     let ModelConfig { kind, config: model_config, init_from, lora } = model;
     let DataConfig { train: data_train, tokenizer, sequence_length, validation_every, validation_sequences } = data;
-    let TrainConfig { steps, epochs, global_batch, max_micro_batch, seed, precision, threads, optimizer, schedule } =
-        train;
+    let TrainConfig {
+        steps,
+        epochs,
+        global_batch,
+        max_micro_batch,
+        seed,
+        precision,
+        threads,
+        optimizer,
+        schedule,
+        early_stopping,
+    } = train;
+    let EarlyStopping { patience, min_delta } = early_stopping.unwrap_or(EarlyStopping { patience: 0, min_delta: 0.0 });
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
     let ParallelConfig { strategy, nproc_per_node, device, bucket_mib, mixed } = parallel;
@@ -218,6 +231,8 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("train.schedule.kind", word(name_of(SCHEDULES, *schedule_kind))),
         ("train.schedule.warmup_steps", whole(*warmup_steps)),
         ("train.schedule.min_lr_ratio", Value::Float(*min_lr_ratio)),
+        ("train.early_stopping.patience", whole(patience)),
+        ("train.early_stopping.min_delta", Value::Float(min_delta)),
         ("parallel.strategy", word(name_of(STRATEGIES, *strategy))),
         ("parallel.nproc_per_node", nproc_per_node.map_or_else(|| word("auto"), whole)),
         ("parallel.device", word(name_of(DEVICES, *device))),

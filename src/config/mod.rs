@@ -8,6 +8,7 @@
 
 mod batch;
 mod change;
+mod early_stopping;
 mod error;
 mod machine;
 mod own;
@@ -35,6 +36,7 @@ pub use change::{
     Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, names, reading_settings,
     settings,
 };
+pub use early_stopping::EarlyStopping;
 pub use error::{ConfigError, Origin};
 pub use machine::{Machine, workers_per_node};
 pub use own::is_name;

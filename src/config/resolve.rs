@@ -13,7 +13,7 @@ use super::{
     ALL_LINEAR, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, LoraConfig,
     Machine, ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig,
     Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule,
-    TrainConfig, TrainTask, error::Origin, own, raw::Raw, text, workers_per_node,
+    TrainConfig, TrainTask, early_stopping, error::Origin, own, raw::Raw, text, workers_per_node,
 };
 use crate::error::{Error, Kind};
 
@@ -238,6 +238,7 @@ impl TrainConfig {
 /// Checks of settings that must fit one another.
 fn check(config: &RunConfig) -> Result<(), ConfigError> {
     check_steps(&config.workload.train)?;
+    early_stopping::check(config)?;
     let parallel = &config.workload.parallel;
     if parallel.mixed && parallel.strategy != Strategy::Zero1 {
         return Err(ConfigError::Together(
@@ -418,6 +419,7 @@ fn train(raw: &Raw, auto_threads: Option<u32>) -> Result<TrainConfig, ConfigErro
                 "a number from 0 to 1",
             )?,
         },
+        early_stopping: early_stopping::read(raw)?,
     })
 }
 
@@ -448,12 +450,16 @@ fn network(raw: &Raw) -> Result<NetworkConfig, ConfigError> {
 }
 
 fn checkpoint(raw: &Raw) -> Result<CheckpointConfig, ConfigError> {
+    let best = raw.whole("checkpoint.keep.best", 0..=u32::MAX)?;
+    // The state that a run stops early for is the one that is wanted.
+    let unsaid = matches!(raw.origin("checkpoint.keep.best"), Origin::Default | Origin::Run);
+    let best = if unsaid && early_stopping::read(raw)?.is_some() { best.max(1) } else { best };
     Ok(CheckpointConfig {
         every: raw.cadence("checkpoint.every")?,
         keep: Keep {
             last: raw.whole("checkpoint.keep.last", 1..=u32::MAX)?,
             every: raw.never_or_spacing("checkpoint.keep.every")?,
-            best: raw.whole("checkpoint.keep.best", 0..=u32::MAX)?,
+            best,
         },
         scrub: raw.never_or_duration("checkpoint.scrub")?,
         price_per_gib_month: raw.number(

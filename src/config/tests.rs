@@ -118,6 +118,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                         grad_clip: 1.0
                     },
                     schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
+                    early_stopping: None,
                 },
                 parallel: ParallelConfig {
                     strategy: Strategy::Ddp,
@@ -229,9 +230,10 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "train = 5",
-            "run.toml:3: train = 5: expected a table with epochs, global_batch, max_micro_batch, optimizer.betas, \
-            optimizer.eps, optimizer.grad_clip, optimizer.kind, optimizer.lr, optimizer.weight_decay, precision, \
-            schedule.kind, schedule.min_lr_ratio, schedule.warmup_steps, seed, steps, threads",
+            "run.toml:3: train = 5: expected a table with early_stopping.min_delta, \
+            early_stopping.patience, epochs, global_batch, max_micro_batch, optimizer.betas, optimizer.eps, \
+            optimizer.grad_clip, optimizer.kind, optimizer.lr, optimizer.weight_decay, precision, schedule.kind, \
+            schedule.min_lr_ratio, schedule.warmup_steps, seed, steps, threads",
             "",
         ),
         ("train.precision = 'fp61'", "run.toml:3: train.precision = \"fp61\": expected \"fp32\" or \"bf16\"", ""),

@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::EarlyStopping;
 use crate::ids::Step;
 
 /// Training of a model.
@@ -169,6 +170,9 @@ pub struct TrainConfig {
     pub optimizer: OptimizerConfig,
     /// The learning-rate schedule.
     pub schedule: ScheduleConfig,
+    /// When the run ends before its last step; `None`: never. Stored only if there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub early_stopping: Option<EarlyStopping>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]

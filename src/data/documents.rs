@@ -1,7 +1,8 @@
 //! The documents in a file, as text.
 //!
 //! A file's type follows from its first bytes or, if these are inconclusive, from the ending of its name: JSON records
-//! with a text field ([`super::records`]), a Parquet column ([`super::columns`]), else plain text, one document a file.
+//! with a text field ([`super::records`]), a Parquet column ([`super::columns`]) or chats ([`super::conversations`]), else
+//! plain text, one document a file.
 //! Each may be packed by gzip or zstd ([`super::compressed`]).
 //!
 //! A document reaches the caller in pieces of at most [`PIECE_BYTES`], cut at line ends if there are any: memory stays
@@ -20,6 +21,7 @@ use std::{
 use super::{
     DataError, columns,
     compressed::{self, Packing, Source},
+    conversations,
     records::{self, Verdict},
 };
 
@@ -116,8 +118,7 @@ pub(super) fn read(
     }
     if compressed::is_parquet(&compressed::ending(name), &source.head) {
         if wanted.chats {
-            let reason = "is Parquet, from which no chats are read; write them as JSON lines".into();
-            return Err(DataError::Input { input: name.to_owned(), reason });
+            return conversations::read(source.file()?, name, wanted, sink).map(Outcome::Done);
         }
         return columns::read(source.file()?, name, wanted, sink).map(Outcome::Done);
     }

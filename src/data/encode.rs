@@ -28,6 +28,7 @@ use super::{
     prepare::{Phase, PrepareEvent, PrepareSettings, TokenizerSource},
     remote::Remote,
     shards::{FORMAT, FORMAT_WITH_MARKS, FileEntry, Index, Split, TokenType},
+    sources::Sources,
     special::Unfit,
     tokenizer::{Framing, TextTokenizer},
     writer::{ShardShape, ShardWriter},
@@ -61,6 +62,8 @@ pub(super) struct Job {
     pub settings: PrepareSettings,
     /// Sorted: their order is the order of the output.
     pub inputs: Vec<Input>,
+    /// Their sources.
+    pub sources: Sources,
     /// The tokenizer, unless it is to be trained.
     pub given: Option<Given>,
     /// The destination of shards.
@@ -103,6 +106,7 @@ impl Job {
             bos_id: framing.bos_id,
             shard_tokens: self.settings.shard_tokens,
             marks: self.settings.layout.in_rows() || self.settings.layout.apart,
+            sources: !self.sources.names.is_empty(),
             // A row and the token that follows its inputs.
             row: self.settings.layout.sequence_length.map(|length| length as usize + 1),
         };
@@ -161,6 +165,7 @@ impl Job {
                 crc64: Crc64::of(tokenizer.json()),
             },
             documents,
+            sources: self.sources.names.clone(),
             train,
             validation,
         };
@@ -175,7 +180,7 @@ impl Job {
                 counts.skipped,
                 counts.bad_records
             );
-            return Err(DataError::Input { input: self.settings.inputs.join(" "), reason });
+            return Err(DataError::Input { input: self.settings.inputs_in_words(), reason });
         }
         if train.is_empty() {
             let reason = "the validation split took all the text; lower --validation-ratio, or give more text".into();
@@ -188,6 +193,11 @@ impl Job {
             (self.progress)(PrepareEvent::Warning { message });
         }
         Ok(())
+    }
+
+    /// The number of the source that a text comes from.
+    pub(super) fn source_of(&self, text: &Text) -> u8 {
+        self.sources.of_inputs.get(text.input).copied().unwrap_or(0)
     }
 
     pub(super) fn stopped(&self) -> Result<(), DataError> {

@@ -8,10 +8,18 @@ use std::{
 use bytes::Bytes;
 use serde_json::Value;
 
-use super::{DataError, input, marks, prepare::TokenizerSource, tokenizer::MAX_FILE_BYTES};
+use super::{
+    DataError, around, input, marks,
+    prepare::TokenizerSource,
+    templates::{self, Templates},
+    tokenizer::MAX_FILE_BYTES,
+};
 use crate::{
     config::{StorageConfig, read_small},
-    layout::{GENERATION_CONFIG, MODEL_CONFIG, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES},
+    layout::{
+        ADDITIONAL_TEMPLATES, CHAT_TEMPLATE, CHAT_TEMPLATE_JSON, GENERATION_CONFIG, MODEL_CONFIG, SPECIAL_TOKENS,
+        TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES,
+    },
     storage::{StorageError, Store},
 };
 
@@ -68,27 +76,26 @@ impl Given {
         Ok(found)
     }
 
-    /// The folder's chat template; of several, the one named "default".
-    pub(super) fn chat_template(&self) -> Result<Option<String>, DataError> {
+    /// The folder's chat templates, if it has any.
+    pub(super) fn chat_templates(&self) -> Result<Option<Templates>, DataError> {
         let failed = |reason: &str| DataError::Tokenizer { file: self.name.clone(), reason: reason.to_owned() };
-        if let Some((_, bytes)) = self.files.iter().find(|(file, _)| file == "chat_template.jinja") {
+        if let Some((_, bytes)) = self.files.iter().find(|(file, _)| file == CHAT_TEMPLATE) {
             let text = std::str::from_utf8(bytes).map_err(|_| failed("has a chat_template.jinja that is not UTF-8"))?;
-            return Ok(Some(text.to_owned()));
+            return Ok(Some(Templates::One(text.to_owned())));
         }
-        for name in ["chat_template.json", TOKENIZER_CONFIG] {
-            match self.object(name)?.as_ref().and_then(|object| object.get("chat_template")) {
-                Some(Value::String(text)) => return Ok(Some(text.clone())),
-                Some(Value::Array(named)) => {
-                    let default = named.iter().find(|one| one["name"] == "default");
-                    let text = default.and_then(|one| one["template"].as_str());
-                    return text
-                        .map(|text| Some(text.to_owned()))
-                        .ok_or_else(|| failed("has several chat templates, none of them named \"default\""));
-                }
-                _ => {}
+        for name in [CHAT_TEMPLATE_JSON, TOKENIZER_CONFIG] {
+            let value = self.object(name)?.and_then(|object| object.get("chat_template").cloned());
+            if let Some(found) = Templates::of_settings(&value.unwrap_or_default()).map_err(failed)? {
+                return Ok(Some(found));
             }
         }
         Ok(None)
+    }
+
+    /// What the folder's settings say about tokens around a text against its tokenizer, in words.
+    pub(super) fn contradictions(&self) -> Result<Vec<String>, DataError> {
+        let Some(Value::Object(mut settings)) = self.object(TOKENIZER_CONFIG)? else { return Ok(Vec::new()) };
+        Ok(around::agree(&mut settings, &self.json))
     }
 }
 
@@ -119,9 +126,29 @@ fn local(path: &Path, name: Option<&str>) -> Result<Given, DataError> {
                 files.push((name.to_owned(), bytes.into()));
             }
         }
+        let templates = additional(path)?;
+        templates::fold(&mut files, &templates)
+            .map_err(|reason| DataError::Tokenizer { file: path.display().to_string(), reason })?;
     }
     let name = name.map_or_else(|| inside.display().to_string(), str::to_owned);
     Ok(Given { json: read(&inside)?, name, files })
+}
+
+/// The additional chat templates of a folder on this machine, by name.
+fn additional(path: &Path) -> Result<BTreeMap<String, Bytes>, DataError> {
+    let folder = path.join(ADDITIONAL_TEMPLATES);
+    let mut found = BTreeMap::new();
+    for file in std::fs::read_dir(&folder).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path()) {
+        let name = file.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".jinja"));
+        if let Some(name) = name.filter(|name| !name.is_empty() && file.is_file()) {
+            let bytes = read_small(&file, MAX_FILE_BYTES).map_err(|error| DataError::Tokenizer {
+                file: file.display().to_string(),
+                reason: format!("can't be read: {error}"),
+            })?;
+            found.insert(name.to_owned(), bytes.into());
+        }
+    }
+    Ok(found)
 }
 
 /// The file itself: of a folder its `tokenizer.json`.
@@ -204,6 +231,9 @@ async fn fetch(uri: &str, storage: &StorageConfig) -> Result<Given, DataError> {
                     Err(source) => return Err(failed(source)),
                 }
             }
+            let additional = templates::additional(&folder).await.map_err(failed)?;
+            templates::fold(&mut files, &additional)
+                .map_err(|reason| DataError::Tokenizer { file: uri.to_owned(), reason })?;
             Ok(Given { name, json: bytes.to_vec(), files })
         }
         Err(StorageError::NotFound { .. }) => Err(DataError::Tokenizer {

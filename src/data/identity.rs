@@ -137,9 +137,20 @@ mod tests {
             let crc64 = Crc64::of(tokenizer);
             let tokenizer = FileEntry { file: layout::TOKENIZER.into(), bytes: tokenizer.len() as u64, crc64 };
             let (dtype, eos_id, recipe) = (TokenType::U16, 0, String::new());
-            let (documents, train, validation) = (None, vec![], vec![]);
-            Index { format: FORMAT, dtype, vocab_size, eos_id, recipe, tokenizer, documents, train, validation }
-                .to_bytes()
+            let (documents, sources, train, validation) = (None, vec![], vec![], vec![]);
+            Index {
+                format: FORMAT,
+                dtype,
+                vocab_size,
+                eos_id,
+                recipe,
+                tokenizer,
+                documents,
+                sources,
+                train,
+                validation,
+            }
+            .to_bytes()
         };
         std::fs::write(dir.path().join(INDEX), index(1)).unwrap();
         let id = identify(dir.path()).unwrap();

@@ -5,6 +5,7 @@
 //! [`super::scan`] finds the local ones.
 
 use std::{
+    cmp::Ordering,
     ffi::OsString,
     fs::Metadata,
     os::unix::fs::MetadataExt,
@@ -114,12 +115,16 @@ pub(super) async fn find(
     remote.dedup_by(|a, b| a.name == b.name);
     let mut inputs = scan.finish();
     inputs.append(&mut remote);
-    // Two names may look the same, so the bytes decide.
+    inputs.sort_by(order);
+    Ok(inputs)
+}
+
+/// The order of inputs. Two names may look the same, so the bytes decide.
+pub(super) fn order(a: &Input, b: &Input) -> Ordering {
     let bytes = |input: &Input| {
         if let Place::Local(path) = &input.place { path.clone().into_os_string() } else { OsString::new() }
     };
-    inputs.sort_by(|a, b| a.name.cmp(&b.name).then_with(|| bytes(a).cmp(&bytes(b))));
-    Ok(inputs)
+    a.name.cmp(&b.name).then_with(|| bytes(a).cmp(&bytes(b)))
 }
 
 async fn find_remote(spec: &str, storage: &StorageConfig, inputs: &mut Vec<Input>) -> Result<(), DataError> {

@@ -38,6 +38,8 @@ pub struct LayoutSettings {
     pub apart: bool,
     /// The day that a chat template is told.
     pub date: Option<Date>,
+    /// The name of the chat template, of several; `None`: as transformers chooses.
+    pub chat_template: Option<String>,
     /// Leave out documents that are longer than a row; without, they are an error.
     pub drop_too_long: bool,
     /// Leave out chats without a target; without, they are an error.
@@ -75,6 +77,9 @@ impl LayoutSettings {
             if self.date.is_some() {
                 return refuse("--date", "is told to a chat template, so it needs --format chat");
             }
+            if self.chat_template.is_some() {
+                return refuse("--chat-template", "is about chats, so it needs --format chat");
+            }
             if self.drop_without_target {
                 return refuse("--without-target", "is about chats, so it needs --format chat");
             }
@@ -90,11 +95,13 @@ impl LayoutSettings {
         if *self == Self::default() {
             return String::new();
         }
-        let Self { format, pack, sequence_length, apart, date, drop_too_long, drop_without_target } = self;
+        let Self { format, pack, sequence_length, apart, date, chat_template, drop_too_long, drop_without_target } =
+            self;
         let date = date.map(|date| date.to_string()).unwrap_or_default();
+        let template = chat_template.as_ref().map(|name| format!(" template {name:?}")).unwrap_or_default();
         format!(
             "{format:?} pack {pack} length {sequence_length:?} apart {apart} date {date} without too long \
-             {drop_too_long} without targetless {drop_without_target}\n"
+             {drop_too_long} without targetless {drop_without_target}{template}\n"
         )
     }
 }
@@ -112,6 +119,9 @@ pub(super) struct Prepared {
 /// folder's tokenizer may name another end than its model has: the model's counts, since it is the model that ends.
 pub(super) fn load(given: &Given, settings: &PrepareSettings) -> Result<Prepared, DataError> {
     let framing = framing(&given.json, &given.name)?;
+    for message in given.contradictions()? {
+        tracing::warn!("{}: {message}", given.name);
+    }
     let (tokens, models) = (given.special_tokens()?, given.eos_ids()?);
     let load = |end| TextTokenizer::from_json(given.json.clone(), &given.name, end);
     let tokenizer = match (&settings.eos_token, tokens.get("eos_token"), framing.eos_id) {
@@ -151,14 +161,15 @@ fn chats(
     tokens: &BTreeMap<String, String>,
 ) -> Result<Chats, DataError> {
     let failed = |reason: String| DataError::Tokenizer { file: given.name.clone(), reason };
-    let template = given.chat_template()?.ok_or_else(|| {
+    let templates = given.chat_templates()?.ok_or_else(|| {
         failed(
             "has no chat template; give the folder of a chat model, or put a chat_template.jinja into a folder beside \
              its tokenizer.json"
                 .into(),
         )
     })?;
-    Chats::new(tokenizer, &template, tokens, settings.layout.date).map_err(failed)
+    let chosen = templates.choose(settings.layout.chat_template.as_deref()).map_err(failed)?;
+    Chats::new(tokenizer, &chosen, tokens, settings.layout.date).map_err(failed)
 }
 
 /// What the index says beyond format 1; `None`: nothing.

@@ -93,7 +93,7 @@ impl<'a> LeftOut<'a> {
             self.inputs.len(),
             first.join("; ")
         );
-        DataError::Input { input: self.settings.inputs.join(" "), reason }
+        DataError::Input { input: self.settings.inputs_in_words(), reason }
     }
 
     fn warn(&self, message: String) {

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     DataError, Dataset, Split,
-    shards::{FileEntry, OpenMarks},
+    shards::{FileEntry, OpenBeside},
 };
 use crate::layout;
 
@@ -111,6 +111,9 @@ pub struct Dropped {
 pub struct Rendering {
     /// SHA-256 of the template, 64 hexadecimal digits.
     pub template_sha256: String,
+    /// The same of the template of chats with tools, if that is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tools_template_sha256: Option<String>,
     /// The date that the template was told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub date: Option<String>,
@@ -280,7 +283,7 @@ impl Dataset {
     /// Passes on the bytes with the marks of the tokens `first` to `last`, each time with the number of the first byte.
     fn chunks(
         &self,
-        open: &OpenMarks,
+        open: &OpenBeside,
         first: u64,
         last: u64,
         mut each: impl FnMut(u64, &[u8]) -> Result<(), String>,

@@ -21,10 +21,12 @@
 //! fetched again. *Cancel:* a dropped future stops its threads within a few MiB.
 #![doc = include_str!("README.md")]
 
+pub mod around;
 pub mod cache;
 mod chat;
 mod columns;
 mod compressed;
+mod conversations;
 mod documents;
 mod encode;
 mod fetch;
@@ -48,7 +50,9 @@ mod eviction;
 pub mod sampler;
 mod scan;
 pub mod shards;
+mod sources;
 mod special;
+pub mod templates;
 mod checksums;
 pub mod tokenizer;
 mod writer;

@@ -13,8 +13,8 @@ const OPEN_TOKENS: usize = 4 << 20;
 /// The most rows that are open at a time.
 const OPEN_ROWS: usize = 1024;
 
-/// A token and its marks: whether a document starts with it, and whether it is a target.
-pub(super) type Marked = (u32, bool, bool);
+/// A token and its marks: whether a document starts with it, whether it is a target, and the number of its source.
+pub(super) type Marked = (u32, bool, bool, u8);
 
 /// Rows in the making, for one split.
 #[derive(Debug)]
@@ -78,7 +78,7 @@ impl Packer {
 
     fn filled(&self, mut row: Vec<Marked>) -> Vec<Marked> {
         let first = row.len();
-        row.extend((first..self.length).map(|at| (self.eos_id, at == first, false)));
+        row.extend((first..self.length).map(|at| (self.eos_id, at == first, false, 0)));
         row
     }
 }
@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     fn document(id: u32, length: usize) -> Vec<Marked> {
-        (0..length).map(|at| (id, at == 0, at > 0)).collect()
+        (0..length).map(|at| (id, at == 0, at > 0, 0)).collect()
     }
 
     fn packed(length: usize, documents: &[usize], most: Option<usize>) -> Vec<Vec<Marked>> {
@@ -121,7 +121,7 @@ mod tests {
     fn the_rest_of_a_row_is_a_document_without_targets() {
         let rows = packed(6, &[4], None);
         let mut expected = document(1, 4);
-        expected.extend([(0, true, false), (0, false, false)]);
+        expected.extend([(0, true, false, 0), (0, false, false, 0)]);
         assert_eq!(rows, [expected]);
     }
 

@@ -33,6 +33,8 @@ struct Whole {
     /// Its tokens, those beyond a row included.
     tokens: usize,
     place: String,
+    /// Number of its source.
+    source: u8,
 }
 
 /// Documents that are left out for one reason.
@@ -107,7 +109,8 @@ impl<'a> Placing<'a> {
             (Made::Text(ids), None) => {
                 let number = self.pieces;
                 self.pieces += 1;
-                self.writer(split).append(number, text.continues, &ids)
+                let source = self.job.source_of(text);
+                self.writer(split).append(number, text.continues, &ids, source)
             }
             (Made::Text(ids), Some(row)) => self.piece(text, split, &ids, row),
             (Made::Chat(chat), row) => self.chat(text, split, chat, row.unwrap_or(usize::MAX)),
@@ -134,8 +137,9 @@ impl<'a> Placing<'a> {
             return Ok(());
         }
         self.ends.extend(ends);
+        let source = self.job.source_of(text);
         let document: Vec<_> =
-            ids.into_iter().zip(targets).enumerate().map(|(at, (id, target))| (id, at == 0, target)).collect();
+            ids.into_iter().zip(targets).enumerate().map(|(at, (id, target))| (id, at == 0, target, source)).collect();
         self.writer(split).add(document.into_iter())
     }
 
@@ -147,7 +151,8 @@ impl<'a> Placing<'a> {
         let bos_id = self.shape.bos_id;
         let whole = self.whole.get_or_insert_with(|| {
             let ids: Vec<u32> = bos_id.into_iter().collect();
-            Whole { split, tokens: ids.len(), ids, place: text.place(&self.job.inputs) }
+            let source = self.job.source_of(text);
+            Whole { split, tokens: ids.len(), ids, place: text.place(&self.job.inputs), source }
         });
         whole.tokens += ids.len();
         // Of a longer one, only its length counts.
@@ -165,7 +170,9 @@ impl<'a> Placing<'a> {
             return Ok(());
         }
         whole.ids.push(self.shape.eos_id);
-        let document: Vec<_> = whole.ids.into_iter().enumerate().map(|(at, id)| (id, at == 0, at > 0)).collect();
+        let source = whole.source;
+        let document: Vec<_> =
+            whole.ids.into_iter().enumerate().map(|(at, id)| (id, at == 0, at > 0, source)).collect();
         self.writer(whole.split).add(document.into_iter())
     }
 
@@ -173,7 +180,7 @@ impl<'a> Placing<'a> {
     pub(super) fn finish(mut self) -> Result<Placed, DataError> {
         self.end_whole()?;
         let layout = &self.job.settings.layout;
-        let inputs = || self.job.settings.inputs.join(" ");
+        let inputs = || self.job.settings.inputs_in_words();
         let told = |aside: &LeftAside| aside.first.clone().unwrap_or_default();
         if self.too_long.count > 0 && !layout.drop_too_long {
             let reason = format!(

@@ -41,6 +41,7 @@ use super::{
     input::{self, Input, Place},
     layout::{DocumentFormat, LayoutSettings},
     shards::{FORMAT, INDEX, Index, MAX_INDEX_BYTES, Split},
+    sources::{self, Sources},
     tokenizer::{END_OF_TEXT, MAX_SAMPLE_BYTES, framing},
 };
 use crate::{
@@ -49,7 +50,10 @@ use crate::{
     storage::{CreateOutcome, StorageError, Store},
 };
 
-pub use super::progress::{Phase, PrepareEvent};
+pub use super::{
+    progress::{Phase, PrepareEvent},
+    sources::OTHER,
+};
 
 /// The source of the tokenizer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +90,9 @@ impl FromStr for TokenizerSource {
 pub struct PrepareSettings {
     /// Paths, folders, globs, store URIs.
     pub inputs: Vec<String>,
+    /// The same of sources with a name: the name, and where it lies. A name may be there several times. If there are
+    /// any, `inputs` are a source of the name [`OTHER`].
+    pub sources: Vec<(String, String)>,
     /// The tokenizer.
     pub tokenizer: TokenizerSource,
     /// Folder, or URI of a folder of a store.
@@ -119,6 +126,7 @@ impl PrepareSettings {
     pub fn new(inputs: Vec<String>, tokenizer: TokenizerSource, out: impl Into<String>) -> Self {
         Self {
             inputs,
+            sources: Vec::new(),
             tokenizer,
             out: out.into(),
             validation_ratio: 0.01,
@@ -140,11 +148,18 @@ impl PrepareSettings {
         self.sample_bytes.unwrap_or((u64::from(vocab) << 12).min(MAX_SAMPLE_BYTES))
     }
 
+    /// All inputs, as they are typed.
+    pub(super) fn inputs_in_words(&self) -> String {
+        let named = self.sources.iter().map(|(name, input)| format!("{name}={input}"));
+        self.inputs.iter().cloned().chain(named).collect::<Vec<_>>().join(" ")
+    }
+
     fn check(&self) -> Result<(), DataError> {
         let refuse = |setting, reason: String| Err(DataError::Setting { setting, reason });
-        if self.inputs.is_empty() {
+        if self.inputs.is_empty() && self.sources.is_empty() {
             return refuse("--input", "names nothing".into());
         }
+        sources::check_settings(self)?;
         if !(0.0..=0.5).contains(&self.validation_ratio) {
             return refuse("--validation-ratio", format!("{} is not between 0 and 0.5", self.validation_ratio));
         }
@@ -229,11 +244,11 @@ pub(super) async fn prepare_into(
 ) -> Result<PrepareSummary, DataError> {
     let failed = |doing, source| DataError::Store { doing, uri: store.uri(), source };
     let out = input::local_path(&settings.out);
-    let inputs = input::find(&settings.inputs, out.as_deref(), &settings.storage).await?;
+    let (inputs, sources) = sources::find(&settings, out.as_deref()).await?;
     progress(PrepareEvent::Found { files: inputs.len() as u64, bytes: inputs.iter().map(|input| input.bytes).sum() });
     let files = inputs.len() as u64;
     let given = given::load(&settings.tokenizer, &settings.storage).await?;
-    let (recipe, of_tokens_alone) = recipes(&settings, &inputs, given.as_ref())?;
+    let (recipe, of_tokens_alone) = recipes(&settings, &inputs, &sources, given.as_ref())?;
     let others = given.as_ref().map(|given| given.files.clone()).unwrap_or_default();
     match store.get(INDEX, MAX_INDEX_BYTES).await {
         Ok(_) if settings.overwrite => store.delete(INDEX).await.map_err(|e| failed("delete the index of", e))?,
@@ -261,6 +276,7 @@ pub(super) async fn prepare_into(
     let job = Job {
         settings,
         inputs,
+        sources,
         given,
         store: store.clone(),
         runtime: Handle::current(),
@@ -318,7 +334,12 @@ fn summary(index: &Index, uri: String, reused: bool, files: u64, counts: Counts)
 /// Checksums over everything that decides the output, as far as it can be known without reading the inputs. Inputs
 /// count by file name and size, so that a moved folder gives the same dataset. The second one is what it would be if
 /// the tokenizer put nothing around a text and lay in no folder, as in datasets of earlier versions.
-fn recipes(settings: &PrepareSettings, inputs: &[Input], given: Option<&Given>) -> Result<(String, String), DataError> {
+fn recipes(
+    settings: &PrepareSettings,
+    inputs: &[Input],
+    sources: &Sources,
+    given: Option<&Given>,
+) -> Result<(String, String), DataError> {
     let tokenizer = match (&settings.tokenizer, given) {
         (TokenizerSource::Train { vocab }, _) => format!("train:{vocab} on {}", settings.sample_budget(*vocab)),
         (_, given) => format!("{:016x}", crc_fast::crc64_nvme(given.map_or(&[], |given| &given.json))),
@@ -331,6 +352,7 @@ fn recipes(settings: &PrepareSettings, inputs: &[Input], given: Option<&Given>) 
         text.push_str("without bad records\n");
     }
     text.push_str(&settings.layout.recipe());
+    text.push_str(&sources.recipe());
     for input in inputs.iter().filter(|input| !matches!(input.place, Place::Unreadable(_))) {
         text.push_str(&format!("{} {}\n", input.bytes, input.last_name()));
     }
@@ -705,5 +727,93 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Three sources, one without a name, in rows or in a stream; each document says where it is from.
+    fn of_three_sources(dir: &Path, out: &str, rows: bool) -> PrepareSettings {
+        for (name, words) in [("web", "aa bb cc"), ("code", "fn main let"), ("notes", "one two three")] {
+            std::fs::create_dir_all(dir.join(name)).unwrap();
+            for number in 0..40 {
+                let text = format!("{name} {number} {}\n", format!("{words} ").repeat(number % 7 + 1));
+                std::fs::write(dir.join(format!("{name}/{number}.txt")), text).unwrap();
+            }
+        }
+        let place = |name: &str| dir.join(name).display().to_string();
+        let named = |name: &str| (name.to_owned(), place(name));
+        let settings = settings(dir, out);
+        PrepareSettings {
+            inputs: vec![place("notes")],
+            sources: vec![named("web"), named("code")],
+            validation_ratio: 0.4,
+            layout: LayoutSettings { pack: rows, sequence_length: rows.then_some(127), ..LayoutSettings::default() },
+            ..settings
+        }
+    }
+
+    #[tokio::test]
+    async fn each_token_for_validation_has_the_source_of_its_document() {
+        for rows in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let settings = of_three_sources(dir.path(), "out", rows);
+            prepare(settings.clone(), |_| ()).await.unwrap();
+            let out = dir.path().join("out");
+            let data = Dataset::open(&out).unwrap();
+            assert_eq!(data.index().sources, ["code", "other", "web"]);
+            assert!(data.index().train.iter().all(|shard| shard.sources.is_none()));
+            let tokenizer = TextTokenizer::load(&out.join("tokenizer.json"), None).unwrap();
+            let tokens = tokens(&out, Split::Validation);
+            let numbers: Vec<u8> = data
+                .index()
+                .validation
+                .iter()
+                .flat_map(|shard| std::fs::read(out.join(&shard.sources.as_ref().unwrap().file)).unwrap())
+                .collect();
+            assert_eq!(tokens.len(), numbers.len());
+            let mut found = [0; 3];
+            let pairs: Vec<(u32, u8)> = tokens.into_iter().zip(numbers).collect();
+            for document in pairs.split_inclusive(|(id, _)| *id == tokenizer.eos_id()) {
+                let ids: Vec<u32> = document.iter().map(|(id, _)| *id).take(document.len() - 1).collect();
+                let text = tokenizer.decode(&ids).unwrap();
+                // What fills a row is no document.
+                let Some(name) = text.split(' ').next().filter(|name| !name.is_empty()) else { continue };
+                let number = ["code", "notes", "web"].iter().position(|own| *own == name).unwrap();
+                found[number] += 1;
+                assert!(document.iter().all(|(_, source)| usize::from(*source) == number), "{text}");
+            }
+            assert!(found.iter().all(|count| *count > 3), "{found:?}");
+            // A sample reads those of the tokens that follow its inputs.
+            let mut sources = Vec::new();
+            data.read_sources(0, 127, &mut sources).unwrap();
+            assert_eq!(sources, pairs[1..128].iter().map(|(_, source)| *source).collect::<Vec<_>>());
+            // Other names are other data; the same are the same.
+            assert!(prepare(settings.clone(), |_| ()).await.unwrap().reused);
+            let mut renamed = settings.clone();
+            renamed.sources[0].0 = "net".into();
+            assert!(matches!(prepare(renamed, |_| ()).await, Err(DataError::Exists { .. })));
+        }
+    }
+
+    #[tokio::test]
+    async fn sources_that_contradict_each_other_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = of_three_sources(dir.path(), "out", false);
+        let with = |sources: Vec<(&str, &str)>| {
+            let place = |(name, input): (&str, &str)| (name.to_owned(), dir.path().join(input).display().to_string());
+            PrepareSettings { sources: sources.into_iter().map(place).collect(), ..base.clone() }
+        };
+        let many: Vec<String> = (0..65).map(|number| format!("s{number}")).collect();
+        for (settings, says) in [
+            (with(vec![("a b", "web")]), "no name"),
+            (with(vec![("", "web")]), "no name"),
+            (with(vec![("a", "web"), ("b", "web/1.txt")]), "two sources"),
+            (with(vec![("a", "notes/1.txt")]), "two sources"),
+            (with(vec![("a", "nowhere")]), "matches no file"),
+            (with(many.iter().map(|name| (name.as_str(), "web")).collect()), "more than 64"),
+        ] {
+            let error = prepare(settings, |_| ()).await.unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+        let named = PrepareSettings { sources: vec![("a".into(), String::new())], ..base };
+        assert!(prepare(named, |_| ()).await.unwrap_err().to_string().contains("names no input"));
     }
 }

@@ -166,7 +166,7 @@ pub(super) fn read(
 /// The message about a record of a conversation.
 pub(super) fn chat(name: &str) -> String {
     format!(
-        "is a record of a conversation (field {name:?}): --format chat renders JSON records of them with the chat \
+        "is a record of a conversation (field {name:?}): --format chat renders those with \"messages\" by the chat \
          template of --tokenizer; to train on a text instead, name its field with --text-field"
     )
 }

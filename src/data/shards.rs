@@ -7,6 +7,7 @@
 //! train-00000.bin …        token ids, little endian, u16 if the vocabulary has at most 65,536 entries, else u32
 //! train-00000.marks …      format 2, unless documents are joined: their starts, and the targets ([`super::marks`])
 //! validation-00000.bin …   the same, of the documents kept for validation
+//! validation-00000.sources …   if inputs have names: the number of the source of each token
 //! tokenizer_config.json …  format 2: the other files of a given tokenizer's folder
 //! ```
 //! Documents follow one another, joined by the end-of-text token. A sample is a window of `sequence_length + 1` tokens;
@@ -37,6 +38,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     DataError,
     marks::{Documents, MarksEntry},
+    sources,
 };
 use crate::storage::Crc64;
 
@@ -81,11 +83,19 @@ impl Split {
         format!("{}-{number:05}.marks", self.as_str())
     }
 
-    /// The number in the name of a shard or of its marks; `None` for anything else.
+    /// Name of the sources of the shard with this number.
+    pub fn sources_name(self, number: usize) -> String {
+        format!("{}-{number:05}.sources", self.as_str())
+    }
+
+    /// The number in the name of a shard or of a file of its own; `None` for anything else.
     pub fn shard_number(self, name: &str) -> Option<usize> {
         let (stem, _) = name.rsplit_once('.')?;
         let number = stem.strip_prefix(self.as_str())?.strip_prefix('-')?.parse().ok()?;
-        (self.shard_name(number) == name || self.marks_name(number) == name).then_some(number)
+        [self.shard_name(number), self.marks_name(number), self.sources_name(number)]
+            .iter()
+            .any(|own| own == name)
+            .then_some(number)
     }
 }
 
@@ -138,6 +148,10 @@ pub struct Index {
     /// Format 2: how documents were made and laid out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub documents: Option<Documents>,
+    /// The names of the sources that the inputs come from; empty: they have none. Earlier programs don't read it, and
+    /// lack nothing but the held-out loss of each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<String>,
     /// Training shards, in order.
     pub train: Vec<ShardEntry>,
     /// Validation shards, in order.
@@ -167,6 +181,9 @@ pub struct ShardEntry {
     /// Format 2: its marks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub marks: Option<MarksEntry>,
+    /// Of a shard for validation, if the index has names of sources: the number of each token's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sources: Option<FileEntry>,
 }
 
 impl Index {
@@ -204,6 +221,7 @@ impl Index {
                 crate::layout::TOKENIZER
             ));
         }
+        sources::check(&self.sources)?;
         // Lengths are added in several places: this check makes sure that no sum overflows.
         let others = self.documents.iter().flat_map(|documents| &documents.files);
         let mut total = others
@@ -230,9 +248,12 @@ impl Index {
                 if shard.marks.is_some() != self.has_marks() {
                     return Err(format!("{name} has marks and another shard has none, or the reverse"));
                 }
+                let wanted = split == Split::Validation && !self.sources.is_empty();
+                let sources = sources::check_entry(shard, wanted, &split.sources_name(number))?;
                 total = total
                     .checked_add(shard.file.bytes)
                     .and_then(|total| total.checked_add(marks))
+                    .and_then(|total| total.checked_add(sources))
                     .ok_or("the files have more than 2^64 bytes")?;
             }
         }
@@ -281,11 +302,14 @@ impl Index {
         if self.packed().is_some() { length + 1 } else { length }
     }
 
-    /// Every file beside the index: the tokenizer and its other files, then all shards, each before its marks.
+    /// Every file beside the index: the tokenizer and its other files, then all shards, each before its marks and its
+    /// sources.
     pub fn files(&self) -> impl Iterator<Item = &FileEntry> {
         let others = self.documents.iter().flat_map(|documents| &documents.files);
         let shards = Split::ALL.into_iter().flat_map(|split| self.shards(split));
-        let shards = shards.flat_map(|shard| [Some(&shard.file), shard.marks.as_ref().map(|marks| &marks.file)]);
+        let shards = shards.flat_map(|shard| {
+            [Some(&shard.file), shard.marks.as_ref().map(|marks| &marks.file), shard.sources.as_ref()]
+        });
         std::iter::once(&self.tokenizer).chain(others).chain(shards.flatten())
     }
 
@@ -317,12 +341,13 @@ pub(super) struct OpenShard {
     file: File,
     name: String,
     tokens: u64,
-    pub(super) marks: Option<OpenMarks>,
+    pub(super) marks: Option<OpenBeside>,
+    pub(super) sources: Option<OpenBeside>,
 }
 
-/// The marks of an open shard.
+/// The marks or the sources of an open shard.
 #[derive(Debug)]
-pub(super) struct OpenMarks {
+pub(super) struct OpenBeside {
     pub file: File,
     pub name: String,
 }
@@ -476,12 +501,13 @@ pub(super) fn read_index_bytes(dir: &Path) -> Result<Vec<u8>, DataError> {
 }
 
 fn open_shard(dir: &Path, shard: &ShardEntry) -> Result<OpenShard, DataError> {
-    let marks = match &shard.marks {
-        Some(marks) => Some(OpenMarks { file: open_file(dir, &marks.file)?, name: marks.file.file.clone() }),
-        None => None,
+    let beside = |entry: Option<&FileEntry>| -> Result<Option<OpenBeside>, DataError> {
+        let Some(entry) = entry else { return Ok(None) };
+        Ok(Some(OpenBeside { file: open_file(dir, entry)?, name: entry.file.clone() }))
     };
+    let (marks, sources) = (beside(shard.marks.as_ref().map(|marks| &marks.file))?, beside(shard.sources.as_ref())?);
     let name = shard.file.file.clone();
-    Ok(OpenShard { file: open_file(dir, &shard.file)?, name, tokens: shard.tokens, marks })
+    Ok(OpenShard { file: open_file(dir, &shard.file)?, name, tokens: shard.tokens, marks, sources })
 }
 
 /// Opens a file beside the index, and checks its length.
@@ -525,7 +551,7 @@ mod tests {
                 let body: Vec<u8> = ids.flat_map(|id| id.to_le_bytes()[..dtype.width()].to_vec()).collect();
                 let name = Split::Train.shard_name(number);
                 std::fs::write(dir.join(&name), &body).unwrap();
-                ShardEntry { file: entry(&name, &body), tokens, marks: None }
+                ShardEntry { file: entry(&name, &body), tokens, marks: None, sources: None }
             })
             .collect();
         std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
@@ -537,6 +563,7 @@ mod tests {
             recipe: String::new(),
             tokenizer: entry("tokenizer.json", b"{}"),
             documents: None,
+            sources: Vec::new(),
             train,
             validation: Vec::new(),
         };

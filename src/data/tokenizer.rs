@@ -422,6 +422,7 @@ mod tests {
             recipe: String::new(),
             tokenizer: FileEntry { file: "tokenizer.json".into(), bytes: 0, crc64: Crc64(0) },
             documents: None,
+            sources: vec![],
             train: vec![],
             validation: vec![],
         };

@@ -31,6 +31,8 @@ pub(super) struct ShardShape {
     pub shard_tokens: u64,
     /// Whether starts and targets are written.
     pub marks: bool,
+    /// Whether the sources of tokens for validation are written.
+    pub sources: bool,
     /// Tokens of a row; `None`: a stream.
     pub row: Option<usize>,
 }
@@ -49,8 +51,9 @@ pub(super) struct ShardWriter {
     packer: Option<Packer>,
     shards: Vec<ShardEntry>,
     upload: Option<JoinHandle<Result<(), DataError>>>,
-    /// Number of the piece written last.
-    last: Option<u64>,
+    /// Number of the piece written last, and of its source.
+    last: Option<(u64, u8)>,
+    sources: Vec<u8>,
 }
 
 impl ShardWriter {
@@ -74,22 +77,25 @@ impl ShardWriter {
             shards: Vec::new(),
             upload: None,
             last: None,
+            sources: Vec::new(),
         }
     }
 
     /// Adds a piece to a stream, the `number`-th of all pieces of all inputs. An end-of-text token goes before it
     /// unless it directly continues this split's last piece: so between documents, and if the piece in between went to
     /// the other split. The begin token goes before a document's first piece.
-    pub(super) fn append(&mut self, number: u64, continues: bool, ids: &[u32]) -> Result<(), DataError> {
-        let follows = continues && self.last.is_some_and(|last| number == last + 1);
-        if self.last.is_some() && !follows {
-            self.push((self.shape.eos_id, false, true))?;
+    pub(super) fn append(&mut self, number: u64, continues: bool, ids: &[u32], source: u8) -> Result<(), DataError> {
+        let follows = continues && self.last.is_some_and(|(last, _)| number == last + 1);
+        if let Some((_, before)) = self.last
+            && !follows
+        {
+            self.push((self.shape.eos_id, false, true, before))?;
         }
-        self.last = Some(number);
+        self.last = Some((number, source));
         let mut start = !follows;
         let bos_id = self.shape.bos_id.filter(|_| !continues);
         for id in bos_id.into_iter().chain(ids.iter().copied()) {
-            self.push((id, start, true))?;
+            self.push((id, start, true, source))?;
             start = false;
         }
         Ok(())
@@ -101,7 +107,15 @@ impl ShardWriter {
         done.into_iter().flatten().try_for_each(|token| self.push(token))
     }
 
-    fn push(&mut self, (id, start, target): Marked) -> Result<(), DataError> {
+    /// Training shards need none: nothing is measured by them.
+    fn has_sources(&self) -> bool {
+        self.shape.sources && self.split == Split::Validation
+    }
+
+    fn push(&mut self, (id, start, target, source): Marked) -> Result<(), DataError> {
+        if self.has_sources() {
+            self.sources.push(source);
+        }
         if self.shape.marks {
             // Windows begin anew with each shard.
             self.marks.push(start || self.buffer.is_empty(), target);
@@ -126,13 +140,20 @@ impl ShardWriter {
         let named =
             |name: String, body: &Bytes| FileEntry { file: name, bytes: body.len() as u64, crc64: Crc64::of(body) };
         let tokens = (body.len() / self.dtype.width()) as u64;
-        let mut entry = ShardEntry { file: named(self.split.shard_name(number), &body), tokens, marks: None };
+        let file = named(self.split.shard_name(number), &body);
+        let mut entry = ShardEntry { file, tokens, marks: None, sources: None };
         let mut files = vec![(entry.file.clone(), body)];
         if self.shape.marks {
             let (bytes, documents, targets) = self.marks.take();
             let body = Bytes::from(bytes);
             let file = named(self.split.marks_name(number), &body);
             entry.marks = Some(MarksEntry { file: file.clone(), documents, targets });
+            files.push((file, body));
+        }
+        if self.has_sources() {
+            let body = Bytes::from(std::mem::take(&mut self.sources));
+            let file = named(self.split.sources_name(number), &body);
+            entry.sources = Some(file.clone());
             files.push((file, body));
         }
         self.shards.push(entry);
@@ -153,8 +174,8 @@ impl ShardWriter {
 
     /// Ends the last document and waits for the uploads.
     pub(super) fn finish(mut self) -> Result<Vec<ShardEntry>, DataError> {
-        if self.last.is_some() {
-            self.push((self.shape.eos_id, false, true))?;
+        if let Some((_, source)) = self.last {
+            self.push((self.shape.eos_id, false, true, source))?;
         }
         let rows = self.packer.as_mut().map(Packer::finish).unwrap_or_default();
         rows.into_iter().flatten().try_for_each(|token| self.push(token))?;

@@ -20,6 +20,10 @@ pub struct Machines {
     pub region: Option<String>,
     /// How many of them at once.
     pub count: u32,
+    /// The subnets that they are to be started in.
+    pub subnets: Vec<String>,
+    /// The container image that they run.
+    pub image: Option<String>,
 }
 
 /// The account's quota for these machines.

@@ -8,6 +8,7 @@
 #![doc = include_str!("README.md")]
 
 mod account;
+mod deploy;
 mod fabric;
 mod metadata;
 mod named;
@@ -56,7 +57,7 @@ pub struct Doctor {
     pub run_id: Option<RunId>,
     /// Workers on this node, if given on the command line.
     pub nproc_per_node: Option<u32>,
-    /// The machines whose quota is checked.
+    /// The machines that are to be started.
     pub machines: Machines,
 }
 
@@ -95,9 +96,10 @@ impl Doctor {
                 None => Vec::new(),
             }
         };
-        let (here, named, kept, metadata, quota) =
-            tokio::join!(here, named, self.store(config), metadata::look(), account::spot_quota(&self.machines));
-        lines.extend([here, named, kept, metadata, vec![quota]].into_iter().flatten());
+        let account = async { tokio::join!(account::spot_quota(&self.machines), deploy::look(&self.machines)) };
+        let (here, named, kept, metadata, (quota, deployment)) =
+            tokio::join!(here, named, self.store(config), metadata::look(), account);
+        lines.extend([here, named, kept, metadata, vec![quota], deployment].into_iter().flatten());
         lines
     }
 

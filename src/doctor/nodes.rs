@@ -42,7 +42,7 @@ pub(super) async fn look(run: &Store, state: &RunState) -> Vec<Line> {
             return vec![Line::fail(CHECK, Kind::Unavailable, found, "check the network, proxies and endpoints")];
         }
     };
-    let Some(nodes) = overview(Some(formed), &seen, Timestamp::now()) else { return Vec::new() };
+    let Some(nodes) = overview(Some(formed), &seen, Timestamp::now(), true) else { return Vec::new() };
     let dialled = futures::stream::iter(targets(&nodes)).map(|(node, address)| async move {
         let found = tokio::time::timeout(DIAL, dial(address)).await;
         Dialled { node, address, found: found.unwrap_or(Answer::Silent) }
@@ -235,12 +235,12 @@ mod tests {
     fn live_nodes_are_dialled_and_links_that_they_miss_are_told() {
         let at = |second| Timestamp::from_second(second).unwrap();
         let healthy = [sighting("a", 1000, |_| {}), sighting("b", 1000, |_| {})];
-        let nodes = overview(None, &healthy, at(1000)).unwrap();
+        let nodes = overview(None, &healthy, at(1000), true).unwrap();
         assert_eq!(is(&links(&nodes)), OK);
         assert_eq!(targets(&nodes), [(&id("a"), "10.0.0.7:7077"), (&id("b"), "10.0.0.7:7077")]);
         assert!(!is_here(&healthy[0]), "its kernel is another one");
         let cut = [sighting("a", 1000, |group| group.unreachable = vec![id("b")]), sighting("b", 100, |_| {})];
-        let nodes = overview(None, &cut, at(1000)).unwrap();
+        let nodes = overview(None, &cut, at(1000), true).unwrap();
         let line = links(&nodes);
         assert_eq!((is(&line), line.found.as_str()), (WARN, "b is out of reach of a"));
         assert_eq!(targets(&nodes).len(), 1, "a silent node is not dialled");

@@ -7,9 +7,12 @@
 pub mod episodes;
 pub mod rosters;
 
+mod held_out;
+
 use jiff::Timestamp;
 use serde::Serialize;
 
+pub use self::held_out::{HeldOut, Which, early};
 use crate::{
     checkpoint::catalog,
     config::{self, RunConfig},
@@ -36,10 +39,12 @@ pub async fn read(root: &Store, run_id: &RunId) -> Result<RunState> {
     journal::replay(&root.folder(run_id.as_str()), run_id).await.context(format!("read journal of run {run_id}"))
 }
 
-/// The checkpoint of a step, or the newest that is whole as far as sizes show. Reports the damaged ones that were
-/// skipped.
-pub async fn choose(root: &Store, run_id: &RunId, step: Option<Step>) -> Result<(Store, Committed)> {
-    choose_from(root, step, read(root, run_id).await?).await
+/// The checkpoint that is asked for, or the newest that is whole as far as sizes show. Reports the damaged ones that
+/// were skipped.
+pub async fn choose(root: &Store, run_id: &RunId, which: Option<Which>) -> Result<(Store, Committed)> {
+    let state = read(root, run_id).await?;
+    let step = which.map(|which| which.step(&state)).transpose()?;
+    choose_from(root, step, state).await
 }
 
 /// [`choose`], by a journal that was read a moment ago: a run that goes on prunes checkpoints meanwhile.
@@ -406,7 +411,7 @@ pub(crate) mod tests {
     fn the_kinds_of_endings_differ() {
         let ended = |last| state(vec![created(), formed(1, None, &[]), committed(9, 1), last]);
         let (generation, step) = (Generation(1), Step(12));
-        let completed = ended(Record::Completed { generation, step: Step(9), loss: Some(1.0) });
+        let completed = ended(Record::Completed { generation, step: Step(9), loss: Some(1.0), early: None });
         assert_eq!((Standing::of(&completed), last_step(&completed)), (Standing::Completed, Some(Step(9))));
         let failed = ended(Record::Failed { generation, step, reason: "x".into() });
         assert_eq!((Standing::of(&failed), last_step(&failed)), (Standing::Failed, Some(step)));

@@ -32,6 +32,7 @@ mod members;
 mod pack;
 mod record;
 mod replay;
+mod stagnation;
 mod state;
 mod summary;
 mod writer;
@@ -54,6 +55,7 @@ pub use error::JournalError;
 pub use log::{Formed, Journal, list_runs};
 pub use record::*;
 pub use replay::{audit, replay};
+pub use stagnation::{EarlyStop, HELD_OUT, Stagnation};
 pub use state::{
     Basis, Checkpoint, CheckpointStatus, Formation, Inconsistent, Interruption, NoticeHeard, Outcome, RunState,
 };

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::EarlyStop;
 use crate::{
     config::RunConfig,
     ids::{AttemptId, DatasetId, Generation, NodeId, NodeKey, Rank, RunId, Step, WorldSize},
@@ -92,7 +93,7 @@ pub enum Record {
         /// The run's own id, so that a copied journal can't pass for another run.
         run_id: RunId,
         /// The resolved configuration. Since format 5 it may have adapters, with the files of their base; since format
-        /// 6 a program's own task.
+        /// 6 a rule by which the run stops early, or a program's own task.
         config: Box<RunConfig>,
     },
     /// A group of nodes exists. Written before the resume point is used.
@@ -105,7 +106,8 @@ pub enum Record {
         world_size: WorldSize,
         /// The one checkpoint that every rank loads; `None`: from the beginning.
         resume: Option<ResumePoint>,
-        /// Settings changed with `--set` for this generation and all later ones.
+        /// Settings changed with `--set` for this generation and all later ones. Since format 6 they may have a rule
+        /// by which the run stops early.
         #[serde(default)]
         overrides: Vec<(String, String)>,
         /// Why this generation was formed.
@@ -177,6 +179,9 @@ pub enum Record {
         /// Its loss; `None`, since format 3: it has none.
         #[serde(default, with = "float::option")]
         loss: Option<f64>,
+        /// Why the run has no more steps, if it stopped early. Since format 6: an earlier program would train on.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        early: Option<EarlyStop>,
     },
     /// The run can't go on without a person.
     Failed {
@@ -414,7 +419,7 @@ pub enum FormedReason {
 }
 
 /// Floats of any value.
-mod float {
+pub(super) mod float {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
     #[derive(Serialize, Deserialize)]
@@ -444,10 +449,10 @@ mod float {
         }
     }
 
-    pub(super) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::journal) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
         Stored::from(*value).serialize(serializer)
     }
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    pub(in crate::journal) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
         Stored::deserialize(deserializer)?.value()
     }
 
@@ -539,7 +544,7 @@ mod tests {
         let Record::Committed(full) = entry(1.0).record else { panic!("another record") };
         let plain = Committed { metrics: Metrics::new(), ..full.clone() };
         let lossless = Committed { loss: None, ..plain.clone() };
-        let completed = |loss| Record::Completed { generation: Generation(1), step: Step(3), loss };
+        let completed = |loss| Record::Completed { generation: Generation(1), step: Step(3), loss, early: None };
         for (record, format) in [
             (Record::Committed(plain), 1),
             (Record::Committed(full), 3),
@@ -566,7 +571,7 @@ mod tests {
             serde_json::to_string(&plain).unwrap(),
             r#"{"kind":"committed","step":3,"generation":1,"manifest":"m","manifest_crc64":"0","bytes":1,"loss":0.5,"validation_loss":null,"cost":{"stall_s":0.5,"copy_s":0.0,"durable_s":0.0}}"#
         );
-        let completed = Record::Completed { generation: Generation(1), step: Step(3), loss: Some(0.5) };
+        let completed = Record::Completed { generation: Generation(1), step: Step(3), loss: Some(0.5), early: None };
         assert_eq!(
             serde_json::to_string(&completed).unwrap(),
             r#"{"kind":"completed","generation":1,"step":3,"loss":0.5}"#

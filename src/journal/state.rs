@@ -6,6 +6,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use super::{
+    EarlyStop,
     checkpoints::Checkpoints,
     doubt::Clearance,
     members,
@@ -149,6 +150,8 @@ pub enum Outcome {
         step: Step,
         /// Its loss, if it has one.
         loss: Option<f64>,
+        /// Why it has no more steps, if it stopped early.
+        early: Option<EarlyStop>,
     },
     /// It can't continue without a person.
     Failed {
@@ -314,8 +317,8 @@ impl RunState {
                     }
                 }
             }
-            Record::Completed { generation, step, loss } => {
-                self.outcome = Outcome::Completed { at, generation, step, loss };
+            Record::Completed { generation, step, loss, early } => {
+                self.outcome = Outcome::Completed { at, generation, step, loss, early };
                 self.end_of_formation(at);
             }
             Record::Failed { generation, step, reason } => {
@@ -519,6 +522,11 @@ impl RunState {
     }
 }
 
+/// Whether this setting says when a run stops early.
+fn is_early_stopping(key: &str) -> bool {
+    key.starts_with("train.early_stopping.")
+}
+
 fn check_format(entry: &Entry) -> Result<(), Inconsistent> {
     if entry.format > FORMAT {
         return Err(Inconsistent(format!("has format {}, and this version reads up to {FORMAT}", entry.format)));
@@ -530,6 +538,10 @@ impl Record {
     /// The lowest layout version that can hold it.
     pub fn format(&self) -> u32 {
         match self {
+            // An earlier version would train on.
+            Self::Created { config, .. } if config.workload.train.early_stopping.is_some() => 6,
+            Self::Formed { overrides, .. } if overrides.iter().any(|(key, _)| is_early_stopping(key)) => 6,
+            Self::Completed { early: Some(_), .. } => 6,
             Self::Committed(committed) if committed.loss.is_none() || !committed.metrics.is_empty() => 3,
             Self::Completed { loss: None, .. } => 3,
             Self::PrunedMany { .. } | Self::Cleared { .. } => 2,

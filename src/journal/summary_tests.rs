@@ -481,7 +481,7 @@ fn stored() -> impl Strategy<Value = (Entry, Bytes)> {
     let pruned = (number(), number())
         .prop_map(|(step, generation)| Record::Pruned { step: Step(step), generation: Generation(generation) });
     let record = prop_oneof![4 => committed, 3 => pruned, 1 => Just(interrupted(3)), 1 => Just(created()),
-        1 => loss().prop_map(|loss| Record::Completed { generation: Generation(1), step: Step(3), loss })];
+        1 => loss().prop_map(|loss| Record::Completed { generation: Generation(1), step: Step(3), loss, early: None })];
     (record, -3_000_000_000_i64..250_000_000_000, 0_i32..1_000_000_000, 0_u8..3, any::<bool>()).prop_map(
         |(record, second, nano, who, more)| {
             let mut entry = entry(&format!("n{who}"), record);

@@ -48,6 +48,7 @@ pub(super) fn config() -> RunConfig {
                     grad_clip: 1.0,
                 },
                 schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 1, min_lr_ratio: 0.1 },
+                early_stopping: None,
             },
             parallel: ParallelConfig {
                 strategy: Strategy::Ddp,
@@ -167,7 +168,7 @@ pub(super) fn pruned(step: u64, generation: u64) -> Record {
 }
 
 pub(super) fn completed(step: u64, generation: u64) -> Record {
-    Record::Completed { generation: Generation(generation), step: Step(step), loss: Some(0.5) }
+    Record::Completed { generation: Generation(generation), step: Step(step), loss: Some(0.5), early: None }
 }
 
 pub(super) fn failed(generation: u64) -> Record {

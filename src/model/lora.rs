@@ -26,7 +26,7 @@ const ENDINGS: [&str; 2] = [".lora_A.weight", ".lora_B.weight"];
 const WEIGHT: &str = ".weight";
 
 /// The names of A and B for the layer with these weights.
-fn names(weight: &str) -> [String; 2] {
+pub fn names(weight: &str) -> [String; 2] {
     let layer = weight.strip_suffix(WEIGHT).unwrap_or(weight);
     ENDINGS.map(|ending| format!("{PREFIX}{layer}{ending}"))
 }
@@ -197,20 +197,27 @@ pub fn merge(model: &dyn Model, lora: &LoraConfig, kind: Kind) -> Result<(), Mod
         model.parameters().iter().map(|parameter| (parameter.name.as_str(), parameter.values())).collect();
     let _no_grad = tch::no_grad_guard();
     for parameter in model.parameters().iter().filter(|parameter| parameter.is_base()) {
-        let adapter = names(&parameter.name).map(|name| named.get(name.as_str()).copied());
-        merge_one(parameter.values(), adapter, lora.scale(), kind).doing("merge adapters")?;
+        let mut weight = parameter.values().shallow_clone();
+        let rounded = match names(&parameter.name).map(|name| named.get(name.as_str()).copied()) {
+            [Some(a), Some(b)] => {
+                let rounded = merged(&weight, a, b, lora.scale(), kind)?;
+                let _ = b.shallow_clone().f_zero_().doing("merge adapters")?;
+                rounded
+            }
+            _ => weight.f_to_kind(kind).doing("round weights")?,
+        };
+        weight.f_copy_(&rounded).doing("merge adapters")?;
     }
     Ok(())
 }
 
-fn merge_one(weight: &Tensor, adapter: [Option<&Tensor>; 2], scale: f64, kind: Kind) -> Result<(), TchError> {
-    let mut weight = weight.shallow_clone();
-    if let [Some(a), Some(b)] = adapter {
-        let _ = weight.f_add_(&b.f_matmul(a)?.f_mul_scalar(scale)?)?;
-        let _ = b.shallow_clone().f_zero_()?;
-    }
-    let rounded = weight.f_to_kind(kind)?;
-    weight.f_copy_(&rounded)
+/// One layer's weights merged with its adapter, in fp32, and rounded once to `kind`.
+///
+/// # Errors
+/// Only on LibTorch's errors.
+pub fn merged(weight: &Tensor, a: &Tensor, b: &Tensor, scale: f64, kind: Kind) -> Result<Tensor, ModelError> {
+    let merge = || weight.f_add(&b.f_matmul(a)?.f_mul_scalar(scale)?)?.f_to_kind(kind);
+    merge().doing("merge adapters")
 }
 
 #[cfg(test)]

@@ -26,14 +26,46 @@ const fn chunk_bytes(device: Device) -> i64 {
 /// `hidden`: `[batch · T, width]`, fp32 or bf16, the type of the matrix products. `weight`: `[vocabulary, width]`.
 /// Softmax and sums are fp32. Rows without a target are left out of the products.
 pub(super) fn linear_cross_entropy(hidden: &Tensor, weight: &Weight, targets: &Targets) -> Result<Tensor, ModelError> {
+    let chunk = chunk_rows(hidden, weight, targets)?;
+    chunked(hidden, weight, targets, chunk).doing("compute loss")
+}
+
+/// The rows of one chunk. Targets of another number of positions are refused.
+fn chunk_rows(hidden: &Tensor, weight: &Weight, targets: &Targets) -> Result<i64, ModelError> {
     let all = hidden.size().first().copied().unwrap_or(0);
     if all != targets.positions() {
         let reason = format!("are for {} positions, the vectors for {all}", targets.positions());
         return Err(ModelError::Input { what: "targets", reason });
     }
     let vocabulary = weight.values().size().first().copied().unwrap_or(0);
-    let chunk = (chunk_bytes(hidden.device()) / (4 * vocabulary.max(1))).max(128);
-    chunked(hidden, weight, targets, chunk).doing("compute loss")
+    Ok((chunk_bytes(hidden.device()) / (4 * vocabulary.max(1))).max(128))
+}
+
+/// The cross entropy of each of `targets`, in their order: fp32 `[count]`, without gradients. Arguments as in
+/// [`linear_cross_entropy`], which has their mean.
+pub(super) fn linear_losses(hidden: &Tensor, weight: &Weight, targets: &Targets) -> Result<Tensor, ModelError> {
+    let (chunk, _guard) = (chunk_rows(hidden, weight, targets)?, tch::no_grad_guard());
+    single(hidden, weight, targets, chunk).doing("compute losses")
+}
+
+fn single(hidden: &Tensor, weight: &Weight, targets: &Targets, chunk: i64) -> Result<Tensor, tch::TchError> {
+    let matrix = weight.at_use(hidden.f_kind()?)?;
+    let (targets, places) = targets.selected()?;
+    let inputs = match places {
+        Some(places) => hidden.f_index_select(0, places)?,
+        None => hidden.shallow_clone(),
+    };
+    let (rows, targets) = (targets.size1()?, targets.f_unsqueeze(1)?);
+    let mut losses = vec![Tensor::f_zeros([0], (Kind::Float, hidden.device()))?];
+    let mut start = 0;
+    while start < rows {
+        let len = chunk.min(rows - start);
+        let scores = inputs.f_narrow(0, start, len)?.f_linear(&matrix, None::<&Tensor>)?;
+        let scores = scores.f_log_softmax(-1, Kind::Float)?;
+        losses.push(scores.f_gather(1, &targets.f_narrow(0, start, len)?, false)?.f_squeeze_dim(1)?.f_neg()?);
+        start += len;
+    }
+    Tensor::f_cat(&losses, 0)
 }
 
 fn chunked(hidden: &Tensor, weight: &Weight, targets: &Targets, chunk: i64) -> Result<Tensor, tch::TchError> {
@@ -167,6 +199,23 @@ mod tests {
             assert!(furthest(&by_hidden, &expected[0]) < 1e-6, "chunk {chunk}");
             assert!(furthest(&by_weight, &expected[1]) < 1e-6, "chunk {chunk}");
         }
+    }
+
+    #[test]
+    fn single_losses_are_those_that_the_mean_is_of() {
+        let (hidden, weight) = (leaf([10, 6], 1, Kind::Float), leaf([7, 6], 2, Kind::Float));
+        let some = Targets::at(targets(), &[1, 4, 9]).unwrap();
+        for (targets, count) in [(all(), 10), (some, 3)] {
+            let mean = chunked(&hidden, &share(&weight), &targets, 4).unwrap();
+            for chunk in [1, 3, 10] {
+                let losses = single(&hidden, &share(&weight), &targets, chunk).unwrap();
+                assert_eq!((losses.size(), losses.f_kind().unwrap()), (vec![count], Kind::Float));
+                assert!(furthest(&losses.f_mean(Kind::Float).unwrap(), &mean) < 1e-6, "chunk {chunk}");
+            }
+        }
+        let none = Targets::at(targets(), &[]).unwrap();
+        let losses = linear_losses(&hidden, &share(&weight), &none).unwrap();
+        assert!(losses.size() == [0] && !losses.requires_grad());
     }
 
     #[test]

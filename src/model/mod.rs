@@ -187,6 +187,9 @@ pub trait Model: Leaves {
     /// Without any target it is 0 with gradients of zero, so that a rank still takes part in the reduction.
     fn head_loss(&self, x: Tensor, targets: &Targets) -> Result<Tensor, ModelError>;
 
+    /// The cross entropy (nats) of each of `targets`, in their order: fp32 `[count]`. Gradients are not recorded.
+    fn head_losses(&self, x: Tensor, targets: &Targets) -> Result<Tensor, ModelError>;
+
     /// The last stage otherwise: fp32 scores of the next token for the last block's vectors.
     fn head_scores(&self, x: Tensor, positions: Positions) -> Result<Tensor, ModelError>;
 
@@ -207,6 +210,11 @@ pub trait Model: Leaves {
     /// recorded, nothing is kept for it.
     fn batch_loss(&self, batch: &Batch) -> Result<Tensor, ModelError> {
         self.head_loss(self.vectors(&batch.inputs, &batch.spans)?, &batch.targets)
+    }
+
+    /// The cross entropy (nats) of each of the batch's targets, in their order: fp32 `[count]`.
+    fn target_losses(&self, batch: &Batch) -> Result<Tensor, ModelError> {
+        self.head_losses(self.vectors(&batch.inputs, &batch.spans)?, &batch.targets)
     }
 
     /// [`Model::batch_loss`] of plain text, i64 `[batch, T + 1]`: see [`Batch::plain`].

@@ -51,6 +51,17 @@ pub enum ToWorker {
     Go {
         /// Saves already decided.
         saves: Vec<SaveOrder>,
+        /// How long ranks of several nodes wait for each other in their first step, seconds.
+        first_s: u64,
+        /// Measure the held-out loss of the loaded state first: it was to be measured, and was not.
+        #[serde(default, skip_serializing_if = "is_false")]
+        measure: bool,
+    },
+    /// The state of `step` is no reason to stop early. Every state that is measured, and the loaded one, waits for this
+    /// or for its end, if the run may stop early.
+    Proceed {
+        /// The step.
+        step: Step,
     },
     /// Hold at the next step boundary and report the last step started; see [`crate::worker::gate`].
     Freeze {
@@ -164,11 +175,8 @@ pub enum FromWorker {
     Validated {
         /// After this step.
         step: Step,
-        /// Sum of the losses of its targets.
-        #[serde(with = "bits")]
-        loss_sum: f64,
-        /// Its targets.
-        targets: u64,
+        /// The sums of each source of the data; one without a name, if the data has no sources.
+        sums: Vec<HeldOutSum>,
     },
     /// The loop has ended after this step: the last one, or the one it was told to stop after.
     Stopped {
@@ -184,6 +192,26 @@ pub enum FromWorker {
         /// Starting again will not help: wrong configuration, a vocabulary that does not fit.
         permanent: bool,
     },
+}
+
+/// One rank's share of a source's held-out loss.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HeldOutSum {
+    /// The source's name; empty: the data has no sources.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub source: String,
+    /// Sum of the losses of its targets.
+    #[serde(with = "bits")]
+    pub loss: f64,
+    /// Its targets.
+    pub targets: u64,
+}
+
+impl HeldOutSum {
+    /// Nothing yet, of this source.
+    pub fn of(source: &str) -> Self {
+        Self { source: source.to_owned(), loss: 0.0, targets: 0 }
+    }
 }
 
 /// A finished step, as one rank saw it.

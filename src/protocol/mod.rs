@@ -6,7 +6,7 @@
 //!
 //! Order of a worker's life: `Start` → (`Listening` by rank 0) → `Built` → (`Peers`) → `Layout` → (`Restore`) →
 //! `Ready` → `Go` → steps → `Stopped`. Between steps come reports of steps, captures, stalls and validations; a worker
-//! waits for no answer to them.
+//! waits for no answer to them, but where its run may stop early: a measured state waits for `Proceed`, or for its end.
 //!
 //! # Does not know
 //! What is computed: a worker's task is a JSON value here ([`Assignment::task`]). So a process that computes learns
@@ -16,4 +16,6 @@ mod frames;
 mod messages;
 
 pub use frames::{MAX_MESSAGE, read_message, write_message};
-pub use messages::{Assignment, BASE_FD, FromWorker, SLOT_FDS, SaveOrder, StepReport, ToWorker, WORKER_SUBCOMMAND};
+pub use messages::{
+    Assignment, BASE_FD, FromWorker, HeldOutSum, SLOT_FDS, SaveOrder, StepReport, ToWorker, WORKER_SUBCOMMAND,
+};

@@ -615,7 +615,7 @@ impl Consumer<'_> {
         // The store may be silent, and requests to it may take minutes.
         let found = self.or_notice(open::find(&uri, &reading, run_id, Vec::new()));
         match found.context(format!("read journal of run {run_id}"))? {
-            Found::Complete(_, Completed { step, loss }) => Ok(Prepared::Done { step: step.get(), loss }),
+            Found::Complete(_, Completed { step, loss, .. }) => Ok(Prepared::Done { step: step.get(), loss }),
             Found::Existing(run) => {
                 let committed = run.state.newest().map_or(0, |checkpoint| checkpoint.committed.step.get());
                 let carried = *lock(&lock(tracker).carried);

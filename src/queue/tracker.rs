@@ -70,7 +70,7 @@ impl Tracker {
                 self.facts.step = Some(step.get());
                 self.facts.lost_steps = Some(*lost_steps);
             }
-            Event::Completed { step, loss } => {
+            Event::Completed { step, loss, .. } => {
                 self.facts.step = Some(step.get());
                 self.facts.loss = loss.filter(|loss| loss.is_finite());
             }

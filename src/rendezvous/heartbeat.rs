@@ -97,6 +97,9 @@ pub struct Group {
     pub kind: String,
     /// Its workers.
     pub workers: u32,
+    /// The version of its program; empty: one that did not say so.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub program: String,
     /// Nodes that it can't reach, if there are any; at most 256 are named.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unreachable: Vec<NodeId>,
@@ -524,6 +527,7 @@ pub mod testing {
             state: State::Waiting,
             kind: "NVIDIA A100-SXM4-40GB".into(),
             workers: 8,
+            program: String::new(),
             unreachable: Vec::new(),
             left: false,
         }
@@ -576,8 +580,9 @@ mod tests {
         let node = NodeId::new("n1").unwrap();
         let start = r#"{"format":2,"node":"n1","counter":3,"process":{"boot_id":"b","pid_namespace":"pid:[1]","pid":7,"started":9},"group":{"address":"10.0.0.7:7077","key":"0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f","every_s":30,"state":"waiting","kind":"NVIDIA A100-SXM4-40GB","workers":8"#;
         assert_eq!(body(&node, &elsewhere(), 3, Some(&group())), format!("{start}}}}}"));
-        let all = Group { unreachable: vec![NodeId::new("n2").unwrap()], left: true, state: State::CutOff, ..group() };
-        let end = r#","unreachable":["n2"],"left":true}}"#;
+        let (unreachable, program) = (vec![NodeId::new("n2").unwrap()], "0.2.0".to_owned());
+        let all = Group { unreachable, program, left: true, state: State::CutOff, ..group() };
+        let end = r#","program":"0.2.0","unreachable":["n2"],"left":true}}"#;
         let stored = format!("{}{end}", start.replace("waiting", "cut_off"));
         assert_eq!(body(&node, &elsewhere(), 3, Some(&all)), stored);
         assert_eq!(Heartbeat::parse(stored.as_bytes()).unwrap().group, Some(all));

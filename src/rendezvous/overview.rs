@@ -106,6 +106,9 @@ pub struct NodeView<'a> {
     pub address: Option<&'a str>,
     /// The live nodes that say that they can't reach it.
     pub out_of_reach_of: Vec<&'a NodeId>,
+    /// Why it can't be in one group with the others, of a node outside.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stays_out: Option<String>,
 }
 
 /// The nodes of a run.
@@ -122,8 +125,14 @@ pub struct Overview<'a> {
 }
 
 /// The nodes of the newest generation and those outside of it, by the heartbeats `seen` until `now`, of this machine's
-/// clock. `None`: it is not a run of several nodes, as far as can be seen.
-pub fn overview<'a>(formed: Option<&'a Formation>, seen: &'a [Sighting], now: Timestamp) -> Option<Overview<'a>> {
+/// clock. `mixed`: nodes of several kinds may be one group. `None`: it is not a run of several nodes, as far as can be
+/// seen.
+pub fn overview<'a>(
+    formed: Option<&'a Formation>,
+    seen: &'a [Sighting],
+    now: Timestamp,
+    mixed: bool,
+) -> Option<Overview<'a>> {
     let newest = seen.iter().map(|sighting| sighting.stored).max();
     let store_now = newest.unwrap_or(now).max(now.saturating_sub(CLOCKS).unwrap_or(now));
     let cut_off = cut_off(seen, store_now);
@@ -141,6 +150,7 @@ pub fn overview<'a>(formed: Option<&'a Formation>, seen: &'a [Sighting], now: Ti
             kind: group.map(|group| group.kind.as_str()),
             address: address.or_else(|| entry?.address.as_deref()),
             out_of_reach_of: cut_off.get(node).cloned().unwrap_or_default(),
+            stays_out: None,
         }
     };
     let mut next = 0_u32;
@@ -153,16 +163,38 @@ pub fn overview<'a>(formed: Option<&'a Formation>, seen: &'a [Sighting], now: Ti
     let is_outside = |sighting: &&Sighting| formed.is_none_or(|formed| formed.member(&sighting.node).is_none());
     let of_several = |sighting: &&Sighting| sighting.group().is_some_and(|group| !group.left);
     let outside = seen.iter().filter(is_outside).filter(of_several);
-    let outside: Vec<NodeView<'_>> = outside.map(|sighting| view(&sighting.node, None, None)).collect();
+    let outside: Vec<&Sighting> = outside.collect();
+    let leader = formed.and_then(|formed| formed.roster.first()).map(|entry| &entry.node);
+    let leads = seen.iter().find(|sighting| Some(&sighting.node) == leader).and_then(Sighting::group);
+    let usual = leads.or_else(|| most(outside.iter().filter_map(|sighting| sighting.group()).collect()));
+    let outside: Vec<NodeView<'_>> = outside
+        .into_iter()
+        .map(|sighting| NodeView {
+            stays_out: usual.zip(sighting.group()).and_then(|(usual, group)| unlike(group, usual, mixed)),
+            ..view(&sighting.node, None, None)
+        })
+        .collect();
     if !formed.is_some_and(Formation::is_of_several) && outside.is_empty() {
         return None;
     }
-    Some(Overview {
-        generation: formed.map(|formed| formed.generation),
-        leader: formed.and_then(|formed| Some(&formed.roster.first()?.node)),
-        members,
-        outside,
-    })
+    Some(Overview { generation: formed.map(|formed| formed.generation), leader, members, outside })
+}
+
+/// The one whose kind and program most of them have; of several such, the first.
+fn most(groups: Vec<&Group>) -> Option<&Group> {
+    let same = |one: &Group, other: &Group| one.kind == other.kind && one.program == other.program;
+    let like = |one: &Group| groups.iter().filter(|other| same(one, other)).count();
+    groups.iter().rev().max_by_key(|group| like(group)).copied()
+}
+
+/// Why a node can't be in one group with another one, as far as their heartbeats say.
+fn unlike(group: &Group, other: &Group, mixed: bool) -> Option<String> {
+    let said = !group.program.is_empty() && !other.program.is_empty();
+    if said && group.program != other.program {
+        return Some(format!("it runs version {}, and others {}", group.program, other.program));
+    }
+    let differs = !mixed && group.kind != other.kind;
+    differs.then(|| format!("it computes with {:?}, and others with {:?} (parallel.mixed)", group.kind, other.kind))
 }
 
 /// A heartbeat's sign of life at `now` of the store's clock. One that can't be read counts as one that comes seldom.
@@ -252,7 +284,7 @@ mod tests {
             sighting("x", 990, |group| group.state = State::Waiting),
             sighting("y", 990, |group| group.left = true),
         ];
-        let shown = overview(Some(&formed), &seen, at(1000)).unwrap();
+        let shown = overview(Some(&formed), &seen, at(1000), false).unwrap();
         assert_eq!((shown.generation, shown.leader), (Some(Generation(3)), Some(&id("b"))));
         let members: Vec<_> = shown
             .members
@@ -276,20 +308,40 @@ mod tests {
     }
 
     #[test]
+    fn a_node_outside_that_can_not_be_in_the_group_says_why() {
+        let why = |formed: Option<&Formation>, seen: &[Sighting], mixed| -> Vec<Option<String>> {
+            overview(formed, seen, at(1000), mixed).unwrap().outside.into_iter().map(|view| view.stays_out).collect()
+        };
+        let kind = |name: &str, kind: &str| sighting(name, 1000, |group| group.kind = kind.to_owned());
+        let program = |name: &str, program: &str| sighting(name, 1000, |group| group.program = program.to_owned());
+        let other = Some("it computes with \"B\", and others with \"A\" (parallel.mixed)".to_owned());
+        // The leader is the measure, and while there is none, what most nodes have.
+        let led = formed(&[("a", 1)]);
+        let seen = [kind("a", "A"), kind("b", "B"), kind("c", "B"), kind("d", "A")];
+        assert_eq!(why(Some(&led), &seen, false), [other.clone(), other.clone(), None]);
+        let seen = [kind("b", "B"), kind("c", "A"), kind("d", "A")];
+        assert_eq!(why(None, &seen, false), [other, None, None]);
+        assert_eq!(why(None, &seen, true), [None, None, None]);
+        let seen = [program("b", "1"), program("c", "2"), program("d", "2"), program("e", "")];
+        let older = Some("it runs version 1, and others 2".to_owned());
+        assert_eq!(why(None, &seen, true), [older, None, None, None], "one that does not say so is not judged");
+    }
+
+    #[test]
     fn a_run_of_one_node_has_no_overview() {
         let alone = formed(&[("a", 4)]);
         let mut beat = sighting("a", 1000, |_| {});
         beat.heartbeat.as_mut().unwrap().group = None;
         let seen = [beat, sighting("y", 990, |group| group.left = true)];
-        assert_eq!(overview(Some(&alone), &seen, at(1000)), None);
-        assert_eq!(overview(None, &seen, at(1000)), None);
+        assert_eq!(overview(Some(&alone), &seen, at(1000), false), None);
+        assert_eq!(overview(None, &seen, at(1000), false), None);
         // Nodes that wait for a first generation, and one that is left of several.
         let waiting = [sighting("x", 990, |_| {})];
-        let shown = overview(None, &waiting, at(1000)).unwrap();
+        let shown = overview(None, &waiting, at(1000), false).unwrap();
         assert_eq!((shown.generation, shown.members.len(), shown.outside.len()), (None, 0, 1));
         let mut left_over = alone;
         left_over.succession.continues = Some(Generation(2));
-        assert!(overview(Some(&left_over), &[], at(1000)).is_some());
+        assert!(overview(Some(&left_over), &[], at(1000), false).is_some());
     }
 
     #[test]
@@ -297,7 +349,7 @@ mod tests {
         let sign_at = |stored, others, now| {
             let formed = formed(&[("a", 1), ("b", 1)]);
             let seen = [sighting("a", stored, |group| group.every_s = 4), sighting("b", others, |_| {})];
-            overview(Some(&formed), &seen, at(now)).unwrap().members[0].sign
+            overview(Some(&formed), &seen, at(now), false).unwrap().members[0].sign
         };
         assert_eq!(sign_at(1000, 1013, 1000), Sign::Alive);
         assert_eq!(sign_at(1000, 1014, 1000), Sign::Silent, "another node's beat is 14 s younger");

@@ -1,5 +1,7 @@
 //! A run's typed events. Code emits these; one reporter draws them.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use crate::{
@@ -60,6 +62,9 @@ pub enum Event {
         step: Step,
         /// Mean loss over the sequences kept for validation.
         loss: f64,
+        /// The same of each source of the data, if its inputs have names.
+        #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+        sources: BTreeMap<String, f64>,
     },
     /// Bytes of a save have reached the store.
     Upload {
@@ -179,6 +184,9 @@ pub enum Event {
         step: Step,
         /// Its loss, if it has one.
         loss: Option<f64>,
+        /// Why the run has no more steps, if it stopped early.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        early: Option<String>,
     },
     /// A message for people that stops nothing: a checkpoint that was skipped.
     Warning {

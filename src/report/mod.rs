@@ -229,7 +229,7 @@ mod tests {
             step(5, 5.432_198_7),
             step(6, 0.1 + 0.2),
             step(7, f64::NAN),
-            Event::Validation { step: Step(6), loss: 5.5 },
+            Event::Validation { step: Step(6), loss: 5.5, sources: [("code".to_owned(), 2.5)].into() },
             Event::Upload { step: Step(6), sent: 1, total: 2 },
             Event::Checkpoint {
                 step: Step(6),
@@ -252,7 +252,7 @@ mod tests {
             },
             Event::Dropped { steps: 12, others: 1 },
             Event::Interrupted { step: Step(6), lost_steps: 0 },
-            Event::Completed { step: Step(9), loss: Some(1.25) },
+            Event::Completed { step: Step(9), loss: Some(1.25), early: None },
         ]
     }
 
@@ -288,7 +288,7 @@ mod tests {
 {"event":"step","step":5,"loss":5.4321987,"lr":0.0003,"grad_norm":1.5,"tokens":2560,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
 {"event":"step","step":6,"loss":0.30000000000000004,"lr":0.0003,"grad_norm":1.5,"tokens":3072,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
 {"event":"step","step":7,"loss":null,"lr":0.0003,"grad_norm":1.5,"tokens":3584,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
-{"event":"validation","step":6,"loss":5.5}
+{"event":"validation","step":6,"loss":5.5,"sources":{"code":2.5}}
 {"event":"checkpoint","step":6,"generation":2,"bytes":10,"stall_s":0.001,"copy_s":0.125,"durable_s":1.5}
 {"event":"no_progress","step":6,"quiet_s":600.0,"lag_steps":2,"lag_s":601.5}
 {"event":"worker_died","step":6,"reason":"signal 9","restarts":1,"backoff_s":1.0}

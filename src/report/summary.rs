@@ -50,7 +50,8 @@ impl Summary {
                 self.lost_steps += lost_steps;
                 self.ending = Some("interrupted");
             }
-            Event::Completed { .. } => self.ending = Some("completed"),
+            Event::Completed { early: None, .. } => self.ending = Some("completed"),
+            Event::Completed { early: Some(_), .. } => self.ending = Some("stopped early"),
             Event::Validation { .. }
             | Event::Upload { .. }
             | Event::FoundDead { .. }
@@ -68,7 +69,7 @@ impl Summary {
 
     /// Whether the [line](Self::line) at the end will say the same as this event.
     pub const fn repeats(&self, event: &Event) -> bool {
-        matches!(event, Event::Completed { .. }) && self.last.is_some()
+        matches!(event, Event::Completed { early: None, .. }) && self.last.is_some()
     }
 
     /// One line; `None` if nothing was trained.
@@ -148,7 +149,7 @@ mod tests {
     fn events_add_up() {
         let mut summary = Summary::default();
         assert_eq!(summary.line(1.0), None);
-        let completed = Event::Completed { step: Step(3), loss: Some(3.0) };
+        let completed = Event::Completed { step: Step(3), loss: Some(3.0), early: None };
         assert!(!summary.repeats(&completed), "a run that was complete has no line at the end");
         let formed = |generation, resume_step: Option<u64>| Event::Formed {
             generation: Generation(generation),
@@ -182,6 +183,8 @@ mod tests {
             summary.add(&event);
         }
         assert!(summary.repeats(&completed));
+        let early = Event::Completed { step: Step(3), loss: Some(3.0), early: Some("why".into()) };
+        assert!(!summary.repeats(&early), "the reason is nowhere else");
         assert!(!summary.repeats(&Event::Interrupted { step: Step(3), lost_steps: 2 }));
         assert_eq!(
             summary.line(61.0).unwrap(),

@@ -57,7 +57,10 @@ impl Lines {
                     );
                 }
             }
-            Event::Validation { step, loss } => info!(%step, loss = %format_args!("{loss:.4}"), "validation loss"),
+            Event::Validation { step, loss, sources } => {
+                let of: String = sources.iter().map(|(source, loss)| format!(", {source} {loss:.4}")).collect();
+                info!(%step, loss = %format_args!("{loss:.4}"), "validation loss{of}");
+            }
             Event::Checkpoint { step, generation, bytes, stall_s, copy_s, durable_s } => {
                 if self.steps {
                     info!(
@@ -129,10 +132,11 @@ impl Lines {
             Event::Interrupted { step, lost_steps } => {
                 warn!("interrupted after step {step}, {} lost", human::plural(*lost_steps, "step"));
             }
-            Event::Completed { step, loss: Some(loss) } => {
+            Event::Completed { step, early: Some(why), .. } => info!("stopped early after step {step}: {why}"),
+            Event::Completed { step, loss: Some(loss), .. } => {
                 info!(loss = %format_args!("{loss:.4}"), "completed after step {step}");
             }
-            Event::Completed { step, loss: None } => info!("completed after step {step}"),
+            Event::Completed { step, loss: None, .. } => info!("completed after step {step}"),
             Event::Warning { message } => warn!("{}", human::plain(message)),
             Event::Phase { doing } => {
                 if self.steps {

@@ -52,7 +52,7 @@ use self::{
 };
 use crate::{
     agent::{
-        Estimates, Neighbours, Slots,
+        Estimates, Neighbours, Slots, Stopping,
         generation::{self, End, Left, Load, Plan},
         restart, upload,
     },
@@ -557,8 +557,8 @@ impl Runner {
         let ended = generation::run(plan, None, slots, estimates, notices, &self.reporter, &mut left).await;
         story.differed = left.members.differed.take();
         match ended {
-            Ok(End::Completed { loss }) => {
-                let outcome = self.complete(generation, loss, notices).await?;
+            Ok(End::Completed { step, loss, early }) => {
+                let outcome = self.complete(generation, step, loss, early, notices).await?;
                 match outcome {
                     Outcome::Completed { .. } => self.tidy(left, notices).await,
                     _ => _ = self.gone(left).await,
@@ -606,6 +606,7 @@ impl Runner {
                 journal: self.journal.clone(),
             },
             docket: self.docket.clone(),
+            stopping: self.stopping(load),
             measured: self.measured(),
             nearest: self.is_together(),
             neighbours: seating.neighbours.clone(),
@@ -617,6 +618,16 @@ impl Runner {
             }),
             doubted: differed,
         }
+    }
+
+    /// How early stopping stands with the state to load.
+    fn stopping(&self, load: &Load) -> Stopping {
+        let state = self.journal.state();
+        let loaded = match load {
+            Load::Checkpoint { step, generation, .. } => state.checkpoint(*step, *generation),
+            _ => None,
+        };
+        Stopping::of(&self.resolved.config, loaded.map(|checkpoint| &checkpoint.committed))
     }
 
     /// A worker died at `step`: how long to wait before the group starts again, or why it does not.

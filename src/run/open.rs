@@ -22,10 +22,10 @@ use super::{
     resolved::Resolved,
 };
 use crate::{
-    config::{NoticeConfig, RunConfig, StorageConfig, apply_overrides, canonical_overrides},
+    config::{NoticeConfig, RunConfig, StorageConfig, TrainTask, apply_overrides, canonical_overrides},
     error::Result,
     ids::{NodeId, RunId, Step},
-    journal::{self, Journal, JournalError, RunState},
+    journal::{self, EarlyStop, Journal, JournalError, RunState},
     report::Reporter,
     storage::Store,
     workload::{self, Site},
@@ -64,6 +64,8 @@ pub struct Completed {
     pub step: Step,
     /// The loss of that step, if it has one.
     pub loss: Option<f64>,
+    /// Why there is no other, if it stopped early.
+    pub early: Option<EarlyStop>,
 }
 
 /// Looks for run `run_id` in the store at `uri`, opened with the settings `reading`; `overrides` are this command's.
@@ -76,7 +78,7 @@ pub async fn find(uri: &str, reading: &StorageConfig, run_id: &RunId, overrides:
     };
     let (config, _) = effective(&state, &overrides)?;
     let store = Store::open(&store.uri(), &config.storage)?;
-    let completed = completed(&state, &config);
+    let completed = completed(&state, &config.workload);
     let existing = Existing { store, state, config, overrides };
     Ok(match completed {
         Some(completed) => Found::Complete(existing, completed),
@@ -108,11 +110,14 @@ pub(super) fn effective(state: &RunState, typed: &[(String, String)]) -> Result<
     Ok((apply_overrides(&base, typed)?, canonical_overrides(&base, typed)?))
 }
 
-/// How the run was completed; `None`: it was not, or was given more steps since.
-fn completed(state: &RunState, config: &RunConfig) -> Option<Completed> {
+/// How the run was completed; `None`: it was not, or was given more steps since, or more patience.
+pub(super) fn completed(state: &RunState, task: &TrainTask) -> Option<Completed> {
     match state.outcome() {
-        journal::Outcome::Completed { step, loss, .. } if config.workload.last_step() <= *step => {
-            Some(Completed { step: *step, loss: *loss })
+        journal::Outcome::Completed { step, loss, early, .. }
+            if task.last_step() <= *step
+                || early.is_some_and(|early| early.holds(task.train.early_stopping.as_ref())) =>
+        {
+            Some(Completed { step: *step, loss: *loss, early: *early })
         }
         _ => None,
     }
@@ -181,7 +186,11 @@ impl Resolving<'_> {
         from: Option<Step>,
     ) -> Result<Standing> {
         let (config, overrides) = effective(state, typed)?;
-        if let Some(Completed { step, .. }) = completed(state, &config).filter(|_| from.is_none()) {
+        if let Some(Completed { step, early, .. }) = completed(state, &config.workload).filter(|_| from.is_none()) {
+            if let Some(early) = early {
+                let hint = crate::workload::words::stops_later(&early);
+                tracing::info!("stopped early after step {step}: {early}; {hint}");
+            }
             return Ok(Standing::Complete(step, self.options.then(&config, false)));
         }
         self.known(&config);
@@ -294,7 +303,8 @@ mod tests {
         if complete {
             let (committed, _) = checkpoint(&run, 1, 1, 1, 1).await;
             journal.append(Record::Committed(committed)).await.unwrap();
-            let completed = Record::Completed { generation: Generation(1), step: Step(1), loss: Some(0.5) };
+            let completed =
+                Record::Completed { generation: Generation(1), step: Step(1), loss: Some(0.5), early: None };
             journal.append(completed).await.unwrap();
         }
         (folder, uri, run_id)
@@ -310,7 +320,10 @@ mod tests {
         assert!(matches!(find(&uri, &STORAGE, &run_id, Vec::new()).await.unwrap(), Found::Existing(_)));
         let (_folder, uri, run_id) = run(true).await;
         let found = find(&uri, &STORAGE, &run_id, Vec::new()).await.unwrap();
-        assert!(matches!(found, Found::Complete(_, Completed { step: Step(1), loss: Some(0.5) })), "{found:?}");
+        assert!(
+            matches!(found, Found::Complete(_, Completed { step: Step(1), loss: Some(0.5), early: None })),
+            "{found:?}"
+        );
     }
 
     #[tokio::test]

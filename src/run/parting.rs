@@ -11,7 +11,7 @@ use crate::{
     agent::generation::{Left, Stopped},
     error::Result,
     ids::{Generation, Step},
-    journal::{self, CheckpointStatus, JournalError, Record, RunState, Urgency},
+    journal::{self, CheckpointStatus, EarlyStop, JournalError, Record, RunState, Urgency},
     notice::Notices,
     report::Event,
 };
@@ -77,19 +77,21 @@ impl Runner {
         self.interrupted(generation, Stopped { step, committed, verdict, drain: None }, left).await
     }
 
-    /// The last step is committed.
+    /// The run's last step is committed; `early`: why it is the last one, if there would be more.
     pub(super) async fn complete(
         &self,
         generation: Generation,
+        step: Step,
         loss: Option<f64>,
+        early: Option<EarlyStop>,
         notices: &mut Notices,
     ) -> Result<Outcome> {
-        let step = self.resolved.workload.last_step();
         // A run killed between its last commit and this record makes no step in its last generation: the commit knows
         // the loss.
         let loss = loss.or_else(|| self.journal.state().newest()?.committed.loss);
         let completed = {
-            let completing = self.journal.append(Urgency::LastWords, Record::Completed { generation, step, loss });
+            let completing =
+                self.journal.append(Urgency::LastWords, Record::Completed { generation, step, loss, early });
             tokio::pin!(completing);
             tokio::select! {
                 biased;
@@ -111,7 +113,7 @@ impl Runner {
             self.reporter.event(&Event::Interrupted { step, lost_steps });
             return Ok(Outcome::Interrupted { lost_steps });
         }
-        self.reporter.event(&Event::Completed { step, loss });
+        self.reporter.event(&Event::Completed { step, loss, early: early.map(|early| early.to_string()) });
         Ok(Outcome::Completed { then: self.options.then(&self.resolved.config, true) })
     }
 

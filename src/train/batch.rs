@@ -70,6 +70,8 @@ struct Buffers {
     documents: Vec<usize>,
     /// Positions with a target, in the sequences put one after the other.
     targets: Vec<i64>,
+    /// Of sequences for validation: the number of each target's source.
+    sources: Vec<u8>,
 }
 
 impl Buffers {
@@ -128,9 +130,48 @@ impl Batches {
         self.read(Split::Train, positions, |position| sampler.sample_at(position).1)
     }
 
-    /// Reads these sequences of the split for validation.
-    pub fn held_out_at(&mut self, samples: Range<u64>) -> Result<(), BatchError> {
-        self.read(Split::Validation, samples, |sample| sample)
+    /// The names of the data's sources, by number; one without a name, if it has none.
+    pub fn source_names(&self) -> impl Iterator<Item = &str> {
+        let names = &self.dataset.index().sources;
+        let none = names.is_empty().then_some("");
+        names.iter().map(String::as_str).chain(none)
+    }
+
+    /// These of `count` sequences for validation, and the number of each target's source; an empty list: the data has
+    /// none. They are the first ones of their split; with sources, they are spread over all of it, since sources lie
+    /// one behind the other.
+    pub fn held_out_at(&mut self, samples: Range<u64>, count: u64) -> Result<(&Batch, &[u8]), BatchError> {
+        let (all, spread) = (u128::from(self.held_out), !self.dataset.index().sources.is_empty());
+        let place = |sample: u64| match u128::from(sample) * all / u128::from(count.max(1)) {
+            // Below the number of all.
+            place if spread => place as u64,
+            _ => sample,
+        };
+        self.read(Split::Validation, samples.clone(), place)?;
+        self.read_sources(samples.map(place))?;
+        // There is one since it was read.
+        let batch = self.batch.as_ref().ok_or(ModelError::Input { what: "batch", reason: "is missing".into() })?;
+        Ok((batch, &self.buffers.sources))
+    }
+
+    /// The source of each target of the batch that was read, of these sequences.
+    fn read_sources(&mut self, samples: impl Iterator<Item = u64>) -> Result<(), BatchError> {
+        let Buffers { sources, targets, .. } = &mut self.buffers;
+        sources.clear();
+        if self.dataset.index().sources.is_empty() {
+            return Ok(());
+        }
+        for sample in samples {
+            self.dataset.read_sources(sample, self.length, sources)?;
+        }
+        if self.dataset.has_marks() {
+            // Positions are ascending, so no source is overwritten before it is read.
+            for (at, place) in targets.iter().enumerate() {
+                sources[at] = sources[*place as usize];
+            }
+            sources.truncate(targets.len());
+        }
+        Ok(())
     }
 
     fn read(&mut self, split: Split, at: Range<u64>, sample: impl Fn(u64) -> u64) -> Result<(), BatchError> {

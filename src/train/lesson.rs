@@ -12,7 +12,9 @@ use crate::{
     error::{Context, Error, Kind, Result},
     ids::Step,
     model::{self, BuildSettings, Leaves, Model},
+    protocol::HeldOutSum,
     task::{Arithmetic, Learner, Opened},
+    torch,
 };
 
 /// The loss of a batch.
@@ -47,14 +49,24 @@ pub trait Lesson {
     /// Makes the batch of the samples at these positions of the run's cursor.
     fn read(&mut self, positions: Range<u64>) -> Result<()>;
 
-    /// Makes the batch of these held-out samples.
-    fn read_held_out(&mut self, samples: Range<u64>) -> Result<()>;
-
     /// The loss of the newest batch. `backward()` may be called on it once.
     fn loss(&self) -> Result<Loss>;
 
-    /// What is measured of a held-out batch, the newest one.
-    fn metric(&self) -> Result<Loss>;
+    /// The sums that [`Lesson::measure`] fills: one for each source of held-out samples, or one without a name.
+    fn sums(&self) -> Vec<HeldOutSum>;
+
+    /// Adds to `sums` what is measured of these of `count` held-out samples. What is added is rounded to [`LOSS_UNIT`],
+    /// so that a sum is the same whatever ranks and batches it is made of.
+    fn measure(&mut self, samples: Range<u64>, count: u64, sums: &mut [HeldOutSum]) -> Result<()>;
+}
+
+/// Losses of single targets are rounded to multiples of this: sums of them are exact up to half a thousand million, so
+/// they are the same however the targets are spread over passes and ranks, and in whatever order they are added.
+const LOSS_UNIT: f64 = 1.0 / (1 << 24) as f64;
+
+/// In whole units.
+fn rounded(loss: f64) -> f64 {
+    (loss / LOSS_UNIT).round() * LOSS_UNIT
 }
 
 /// A language model on a dataset.
@@ -110,17 +122,28 @@ impl Lesson for Language {
         Ok(self.batches.at_positions(positions)?)
     }
 
-    fn read_held_out(&mut self, samples: Range<u64>) -> Result<()> {
-        Ok(self.batches.held_out_at(samples)?)
-    }
-
     fn loss(&self) -> Result<Loss> {
         let batch = self.batches.newest().ok_or_else(|| Error::new(Kind::Bug, "no batch was read"))?;
         Ok(Loss { mean: self.model.batch_loss(batch)?, targets: batch.targets.count() })
     }
 
-    fn metric(&self) -> Result<Loss> {
-        self.loss()
+    fn sums(&self) -> Vec<HeldOutSum> {
+        self.batches.source_names().map(HeldOutSum::of).collect()
+    }
+
+    fn measure(&mut self, samples: Range<u64>, count: u64, sums: &mut [HeldOutSum]) -> Result<()> {
+        let (batch, sources) = self.batches.held_out_at(samples, count)?;
+        let losses = tch::no_grad(|| self.model.target_losses(batch))?;
+        let losses = torch::tch_result("read losses", Vec::<f32>::try_from(&losses))?;
+        for (at, loss) in losses.into_iter().enumerate() {
+            // Data without sources has one sum, and no list of them.
+            let source = sources.get(at).copied().unwrap_or(0);
+            if let Some(sum) = sums.get_mut(usize::from(source)) {
+                sum.loss += rounded(loss.into());
+                sum.targets += 1;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -170,17 +193,22 @@ impl Lesson for Own {
         Ok(self.learner.read(positions)?)
     }
 
-    fn read_held_out(&mut self, samples: Range<u64>) -> Result<()> {
-        self.learner.read_held_out(samples)
-    }
-
     fn loss(&self) -> Result<Loss> {
         let (mean, targets) = self.learner.loss()?;
         Ok(Loss { mean, targets })
     }
 
-    fn metric(&self) -> Result<Loss> {
-        let (mean, targets) = self.learner.metric()?;
-        Ok(Loss { mean, targets })
+    fn sums(&self) -> Vec<HeldOutSum> {
+        vec![HeldOutSum::of("")]
+    }
+
+    fn measure(&mut self, samples: Range<u64>, _: u64, sums: &mut [HeldOutSum]) -> Result<()> {
+        self.learner.read_held_out(samples)?;
+        let (mean, targets) = tch::no_grad(|| self.learner.metric())?;
+        if let Some(sum) = sums.first_mut() {
+            sum.loss += rounded(torch::to_f64(&mean)? * targets as f64);
+            sum.targets += targets;
+        }
+        Ok(())
     }
 }

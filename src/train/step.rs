@@ -15,6 +15,7 @@ use crate::{
     data::sampler::batch as positions,
     error::{Error, Kind, Result},
     ids::{Rank, Step, WorldSize},
+    protocol::HeldOutSum,
     torch,
 };
 
@@ -97,14 +98,9 @@ pub struct Update {
     pub lr: f64,
 }
 
-/// The held-out loss of one rank's share.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct HeldOut {
-    /// Sum of the losses of its targets.
-    pub loss_sum: f64,
-    /// Its targets.
-    pub targets: u64,
-}
+/// The held-out loss of one rank's share, by source of the data.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeldOut(pub Vec<HeldOutSum>);
 
 impl Training {
     /// Gradients of `step`, reduced under the last backward pass.
@@ -180,19 +176,16 @@ impl Training {
         let count = self.lesson.held_out().min(u64::from(self.validation_sequences));
         let mut samples = share(count, self.place.rank, self.place.world);
         self.strategy.settle()?;
-        let mut sum = HeldOut { loss_sum: 0.0, targets: 0 };
+        let mut sums = self.lesson.sums();
         while !samples.is_empty() {
             if is_over() {
                 return Ok(None);
             }
             let end = (samples.start + u64::from(self.train.max_micro_batch)).min(samples.end);
-            self.lesson.read_held_out(samples.start..end)?;
+            self.lesson.measure(samples.start..end, count, &mut sums)?;
             samples.start = end;
-            let Loss { mean, targets } = tch::no_grad(|| self.lesson.metric())?;
-            sum.loss_sum += torch::to_f64(&mean)? * targets as f64;
-            sum.targets += targets;
         }
-        Ok(Some(sum))
+        Ok(Some(HeldOut(sums)))
     }
 }
 
@@ -287,6 +280,7 @@ mod tests {
                     grad_clip: 0.5,
                 },
                 schedule: ScheduleConfig { kind: ScheduleKind::Linear, warmup_steps: 2, min_lr_ratio: 0.1 },
+                early_stopping: None,
             },
             parallel: ParallelConfig {
                 strategy,
@@ -501,8 +495,9 @@ mod tests {
                 share
             });
             let targets = HELD_OUT * SEQUENCE as u64;
-            assert_eq!(shares.iter().map(|share| share.targets).sum::<u64>(), targets, "{world} ranks");
-            shares.iter().map(|share| share.loss_sum).sum::<f64>() / targets as f64
+            assert!(shares.iter().all(|share| share.0.len() == 1 && share.0[0].source.is_empty()));
+            assert_eq!(shares.iter().map(|share| share.0[0].targets).sum::<u64>(), targets, "{world} ranks");
+            shares.iter().map(|share| share.0[0].loss).sum::<f64>() / targets as f64
         });
         // An untrained model guesses.
         assert!((one - 96_f64.ln()).abs() < 0.1, "{one}");

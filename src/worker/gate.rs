@@ -58,7 +58,9 @@ pub struct StepGate {
     /// These two are written before, and read after, the slot's step.
     blocking: [AtomicBool; 2],
     compare: [AtomicBool; 2],
-    /// Guards nothing but the sleep of a frozen or stopped loop.
+    /// The step whose measured state is known to be no reason to stop, plus 1; 0: none is.
+    proceeds: AtomicU64,
+    /// Guards nothing but the sleep of a loop that is frozen, has stopped, or waits for a verdict.
     sleep: Mutex<u64>,
     wake: Condvar,
 }
@@ -72,6 +74,7 @@ impl StepGate {
             save_at: [AtomicU64::new(NEVER), AtomicU64::new(NEVER)],
             blocking: [AtomicBool::new(false), AtomicBool::new(false)],
             compare: [AtomicBool::new(false), AtomicBool::new(false)],
+            proceeds: AtomicU64::new(0),
             sleep: Mutex::new(0),
             wake: Condvar::new(),
         }
@@ -105,6 +108,22 @@ impl StepGate {
         self.state.fetch_and(!FROZEN, Ordering::AcqRel);
         *generation += 1;
         self.wake.notify_all();
+    }
+
+    /// Control thread: the state of `step` is no reason to stop early.
+    pub fn proceed(&self, step: Step) {
+        let mut generation = self.lock();
+        self.proceeds.fetch_max(step.get() + 1, Ordering::AcqRel);
+        *generation += 1;
+        self.wake.notify_all();
+    }
+
+    /// Train loop: waits until it is known whether the run goes on after `done`, or ends there.
+    pub fn wait_for_verdict(&self, done: Step) {
+        let mut generation = self.lock();
+        while !self.is_ending(done) && self.proceeds.load(Ordering::Acquire) <= done.get() {
+            generation = self.wake.wait(generation).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Train loop: the boundary between `done` and the next step. Waits while frozen.
@@ -223,6 +242,36 @@ mod tests {
         assert_eq!(gate.enter(Step(1)), Boundary { save: into(1), proceed: false });
         gate.thaw(&[order(1, 0)], None);
         assert_eq!(gate.wait_for_last_save(Step(1)).slot, 0);
+    }
+
+    #[test]
+    fn a_loop_that_waits_for_a_verdict_goes_on_with_its_word_or_with_the_end() {
+        let waits = |step: u64, ends: fn(&StepGate)| {
+            let gate = Arc::new(StepGate::new(Step(3), Step(9)));
+            let (says, over) = mpsc::channel();
+            let other = Arc::clone(&gate);
+            let waiting = std::thread::spawn(move || {
+                other.wait_for_verdict(Step(step));
+                says.send(()).unwrap();
+            });
+            // Neither an older word nor a freeze is one.
+            gate.proceed(Step(step - 1));
+            assert_eq!(gate.freeze(), Step(3));
+            gate.thaw(&[order(step, 0)], None);
+            assert!(over.try_recv().is_err());
+            ends(&gate);
+            waiting.join().unwrap();
+            over.recv().unwrap();
+            gate
+        };
+        assert_eq!(waits(3, |gate| gate.proceed(Step(3))).enter(Step(3)), Boundary { save: into(0), proceed: true });
+        let ended = waits(3, |gate| gate.thaw(&[order(3, 1)], Some(Step(3))));
+        assert_eq!(ended.enter(Step(3)), Boundary { save: into(1), proceed: false });
+        // The last step is the end, and a word may come before the wait.
+        StepGate::new(Step(3), Step(9)).wait_for_verdict(Step(9));
+        let gate = StepGate::new(Step(3), Step(9));
+        gate.proceed(Step(3));
+        gate.wait_for_verdict(Step(3));
     }
 
     #[test]

@@ -77,6 +77,7 @@ impl Orders {
                 match self.next() {
                     ToWorker::Freeze { ticket } => link.tell(&FromWorker::Frozen { ticket, started: gate.freeze() }),
                     ToWorker::Thaw { saves, stop_after } => gate.thaw(&saves, stop_after),
+                    ToWorker::Proceed { step } => gate.proceed(step),
                     // The start is over; nothing else is sent.
                     _ => {}
                 }

@@ -27,7 +27,7 @@ use std::{
 use self::{
     gate::{Save, StepGate},
     link::Link,
-    patience::Patience,
+    patience::{After, Patience},
 };
 use crate::{
     error::{Error, Kind, Result},
@@ -44,7 +44,8 @@ use crate::{
 /// Runs a worker to its end. Called only in a process started by an agent, never by hand.
 pub fn main() -> Result<ExitCode> {
     let (link, mut orders) = link::connect()?;
-    let result = start::start(&link, &mut orders).and_then(|(worker, saves)| worker.train(orders, &saves));
+    let result =
+        start::start(&link, &mut orders).and_then(|(worker, saves, measure)| worker.train(orders, &saves, measure));
     match result {
         Ok(never) => match never {},
         Err(error) => {
@@ -82,22 +83,29 @@ struct Worker {
     patience: Patience,
     /// Time spent waiting for captures and fingerprints since the last step report.
     stalled: Duration,
+    /// Whether measured states wait for the agent's verdict.
+    may_stop_early: bool,
 }
 
 impl Worker {
-    /// The train loop: readable from here to its end.
-    fn train(mut self, orders: link::Orders, saves: &[SaveOrder]) -> Result<Never> {
+    /// The train loop: readable from here to its end. `measure`: the state that was loaded, first of all.
+    fn train(mut self, orders: link::Orders, saves: &[SaveOrder], measure: bool) -> Result<Never> {
         let gate = Arc::new(StepGate::new(self.done, self.last));
         gate.thaw(saves, None);
         orders.serve(self.link.clone(), Arc::clone(&gate))?;
+        if measure {
+            self.evaluate(&gate)?;
+        }
+        self.wait_for_verdict(&gate);
         let mut begin = Instant::now();
-        let mut paused = false;
+        // What the next step follows, and how long a validation before it took.
+        let (mut after, mut validated) = (After::Step, Duration::ZERO);
         loop {
             // Between two steps: the state is that of step `done`.
             let boundary = gate.enter(self.done);
             if let Some(save) = boundary.save {
                 self.save(save)?;
-                paused = true;
+                after = after.max(After::Save);
             }
             if !boundary.proceed {
                 break;
@@ -106,7 +114,7 @@ impl Worker {
             faults::check("worker.step", At { rank: Some(self.rank.get()), step: Some(step.get()) })
                 .map_err(injected)?;
 
-            if let Some(limit) = self.patience.change(paused) {
+            if let Some(limit) = self.patience.change(after) {
                 self.training.set_patience(limit)?;
             }
             let Pass { loss, data } = self.training.forward_backward(step).map_err(|error| at(step, error))?;
@@ -124,13 +132,16 @@ impl Worker {
                 data_s: data.as_secs_f64(),
             };
             begin = Instant::now();
-            self.patience.step(report.step_s, std::mem::take(&mut paused));
+            let took = report.step_s + std::mem::take(&mut validated).as_secs_f64();
+            self.patience.step(took, std::mem::replace(&mut after, After::Step));
             self.link.tell(&FromWorker::Step(report));
             self.done = step;
             if self.training.evaluation_is_due(step) {
                 self.evaluate(&gate)?;
+                self.wait_for_verdict(&gate);
+                validated = begin.elapsed();
                 begin = Instant::now();
-                paused = true;
+                after = After::Validation;
             }
         }
         self.finish_capture()?;
@@ -187,10 +198,17 @@ impl Worker {
         let (step, last) = (self.done, self.last);
         let measured =
             self.training.evaluate(|| gate.is_ending(step) && step < last).map_err(|error| at(step, error))?;
-        if let Some(HeldOut { loss_sum, targets }) = measured {
-            self.link.tell(&FromWorker::Validated { step, loss_sum, targets });
+        if let Some(HeldOut(sums)) = measured {
+            self.link.tell(&FromWorker::Validated { step, sums });
         }
         Ok(())
+    }
+
+    /// All ranks are to stop after the very state whose measurement says so: the next step begins once it does not.
+    fn wait_for_verdict(&self, gate: &StepGate) {
+        if self.may_stop_early {
+            gate.wait_for_verdict(self.done);
+        }
     }
 }
 

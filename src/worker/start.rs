@@ -35,8 +35,9 @@ use crate::{
 
 const COPY_THREADS: usize = 2;
 
-/// A worker that is ready for its first step, and the saves already decided.
-pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<SaveOrder>)> {
+/// A worker that is ready for its first step, the saves already decided, and whether the loaded state is measured
+/// first.
+pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<SaveOrder>, bool)> {
     let assignment = match orders.next() {
         ToWorker::Start(assignment) => *assignment,
         other => return Err(out_of_turn(&other)),
@@ -92,26 +93,21 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         None => None,
     };
     link.tell(&FromWorker::Ready { fingerprint });
-    let saves = match orders.next() {
-        ToWorker::Go { saves } => saves,
+    let (saves, first_s, measure) = match orders.next() {
+        ToWorker::Go { saves, first_s, measure } => (saves, first_s, measure),
         other => return Err(out_of_turn(&other)),
     };
+    let hasty = faults::check("worker.hasty", At::default()).is_err();
+    let patience = Patience::new(several_nodes, Duration::from_secs(first_s), hasty);
+    if let Some(group) = &group {
+        group.set_timeout(patience.limit())?;
+    }
     let training = built.start(&task.data, Peers::new(group))?;
     let (link, done, last) = (link.clone(), resume_step, Step(task.train.steps));
-    Ok((
-        Worker {
-            link,
-            rank,
-            done,
-            last,
-            training,
-            capture,
-            replicated,
-            patience: Patience::new(several_nodes),
-            stalled: Duration::ZERO,
-        },
-        saves,
-    ))
+    let may_stop_early = task.train.early_stopping.is_some();
+    let stalled = Duration::ZERO;
+    let worker = Worker { link, rank, done, last, training, capture, replicated, patience, stalled, may_stop_early };
+    Ok((worker, saves, measure))
 }
 
 /// The fingerprint of what all ranks have when they begin: their state, and the base of adapters, which never changes.
@@ -156,7 +152,6 @@ fn meet(
     let group = ProcessGroup::new(backend, &store, &prefix, rank, world, limit, device)?;
     // The first collective is part of forming: what fails in it, and the time that it takes, is no step's.
     group.barrier().context("meet all ranks")?;
-    group.set_timeout(Patience::FIRST)?;
     Ok(group)
 }
 

@@ -13,7 +13,7 @@ use super::initial;
 use crate::{
     checkpoint::{CheckpointError, restore, restore::RemoteFile},
     config::{BaseFile, LoraConfig, StorageConfig},
-    error::{Context, Error, Kind, Result},
+    error::{Error, Kind, Result},
     snapshot::image::SharedImage,
     storage::{Crc64, Store},
 };
@@ -50,6 +50,16 @@ impl Base {
     /// # Errors
     /// [`Kind::Config`], with the file's name, if one is missing or is not what it was when the run was created.
     pub async fn of_existing_run(uri: &str, lora: &LoraConfig, storage: &StorageConfig) -> Result<Self> {
+        let (folder, files) = Self::look(uri, lora, storage).await?;
+        match Self::read(&folder, &files, storage).await {
+            Ok(base) => Ok(base),
+            Err(error) => Err(unlike(uri, error)),
+        }
+    }
+
+    /// The folder of an existing run's base, and the files there: they have their sizes, and are yet to be read and held
+    /// against their checksums ([`unlike`] explains what comes of that).
+    pub async fn look(uri: &str, lora: &LoraConfig, storage: &StorageConfig) -> Result<(Store, Vec<RemoteFile>)> {
         let folder = initial::open(uri, storage)?;
         let mut files = Vec::with_capacity(lora.base.len());
         for BaseFile { name, bytes, crc64 } in &lora.base {
@@ -66,10 +76,7 @@ impl Base {
             }
             files.push(RemoteFile { name: name.clone(), bytes: *bytes, crc64: Some(sum) });
         }
-        match Self::read(&folder, &files, storage).await {
-            Err(CheckpointError::Damaged { object, reason }) => Err(changed(uri, &object, reason.to_string())),
-            base => Ok(base.context(format!("read the base of the adapters from {uri}"))?),
-        }
+        Ok((folder, files))
     }
 
     async fn read(folder: &Store, files: &[RemoteFile], storage: &StorageConfig) -> Result<Self, CheckpointError> {
@@ -104,6 +111,14 @@ impl Base {
         let mapping = self.image.map().map_err(memory)?;
         let bytes = self.places.iter().map(|&(start, len)| mapping.bytes(start..start.saturating_add(len)));
         bytes.collect::<std::io::Result<_>>().map_err(memory)
+    }
+}
+
+/// The error of reading a base: a file that is not what it was is named.
+pub fn unlike(uri: &str, error: CheckpointError) -> Error {
+    match error {
+        CheckpointError::Damaged { object, reason } => changed(uri, &object, reason.to_string()),
+        error => Error::from(error).context(format!("read the base of the adapters from {uri}")),
     }
 }
 

@@ -15,9 +15,9 @@ use serde_json::{Map, Value, json};
 
 use super::initial;
 use crate::{
-    checkpoint::{CheckpointError, catalog, restore},
+    checkpoint::{CheckpointError, catalog, export, restore},
     config::{self, LoraConfig, ModelConfig, RunConfig, TokenizerRule, TrainTask},
-    data::{Dataset, meaning::Meaning, shards::Index},
+    data::{Dataset, around, meaning::Meaning, shards::Index, templates},
     error::{Error, Kind, Result},
     journal::{Committed, RunState},
     layout, model,
@@ -188,7 +188,11 @@ async fn from_folder(folder: &Store) -> Result<Files> {
         }
     };
     let found: Vec<Option<(String, Bytes)>> = stream::iter(names).map(get).buffered(ASKED).try_collect().await?;
-    Ok(found.into_iter().flatten().collect())
+    let mut files: Files = found.into_iter().flatten().collect();
+    let additional = templates::additional(folder).await?;
+    templates::fold(&mut files, &additional)
+        .map_err(|reason| Error::new(Kind::Config, format!("{} {reason}", folder.uri())))?;
+    Ok(files)
 }
 
 /// The same, from the newest checkpoint that has them.
@@ -232,7 +236,10 @@ fn files(task: &TrainTask, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -> 
 
     match files.get(layout::TOKENIZER_CONFIG).and_then(|bytes| object(bytes)) {
         Some(mut settings) => {
-            if end_with(&mut settings, layout::TOKENIZER_CONFIG, tokens, &mut said) {
+            let contradictions = around::agree(&mut settings, files.get(layout::TOKENIZER).map_or(&[], |json| json));
+            let changed = !contradictions.is_empty();
+            said.extend(contradictions);
+            if end_with(&mut settings, layout::TOKENIZER_CONFIG, tokens, &mut said) | changed {
                 files.insert(layout::TOKENIZER_CONFIG.into(), pretty(&Value::Object(settings))?);
             }
         }
@@ -373,19 +380,11 @@ pub fn typed(files: &[(String, Bytes)], index: &[u8]) -> Result<Files> {
         _ => return Ok(files.to_vec()),
     };
     let typed = |(file, bytes): &(String, Bytes)| {
-        let bytes = if file == layout::MODEL_CONFIG { with_type(bytes, name)? } else { bytes.clone() };
-        Ok((file.clone(), bytes))
+        let bytes = bytes.clone();
+        let bytes = if file == layout::MODEL_CONFIG { export::typed(bytes, name) } else { bytes };
+        (file.clone(), bytes)
     };
-    files.iter().map(typed).collect()
-}
-
-/// A description that names this type, in the spellings of both versions of transformers.
-pub fn with_type(description: &[u8], name: &str) -> Result<Bytes> {
-    let Some(mut map) = object(description) else { return Ok(Bytes::copy_from_slice(description)) };
-    for key in ["dtype", "torch_dtype"] {
-        map.insert(key.into(), name.into());
-    }
-    pretty(&Value::Object(map))
+    Ok(files.iter().map(typed).collect())
 }
 
 /// The id of the description's begin token, where the data's tokenizer has a special token of this id.
@@ -626,6 +625,36 @@ mod tests {
         let generation: Value = serde_json::from_slice(&files[layout::GENERATION_CONFIG]).unwrap();
         assert_eq!(generation, json!({"temperature": 0.5, "eos_token_id": [0, 7]}));
         assert!(said.is_empty(), "{said:?}");
+    }
+
+    #[test]
+    fn flags_that_contradict_the_tokenizer_are_changed_and_named() {
+        let own = json!({"tokenizer_config.json": {
+            "tokenizer_class": "LlamaTokenizerFast", "eos_token": "<|end|>", "add_bos_token": true, "add_eos_token": false,
+        }});
+        let (files, said) = made(json!({}), Some(own));
+        let settings = &files[layout::TOKENIZER_CONFIG];
+        assert_eq!((&settings["add_bos_token"], &settings["add_eos_token"]), (&json!(false), &json!(false)));
+        assert!(
+            said.len() == 1 && said[0].contains("has add_bos_token true, but tokenizer.json puts no token"),
+            "{said:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn additional_templates_of_the_weights_folder_travel_in_its_settings() {
+        let folder = testing::memory_store();
+        folder.put(layout::CHAT_TEMPLATE, "one".into()).await.unwrap();
+        folder.put(layout::TOKENIZER_CONFIG, "{\"eos_token\": \"x\"}".into()).await.unwrap();
+        let files = from_folder(&folder).await.unwrap();
+        let names = |files: &Files| files.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&files), [layout::TOKENIZER_CONFIG, layout::CHAT_TEMPLATE]);
+        folder.put("additional_chat_templates/tool_use.jinja", "two".into()).await.unwrap();
+        let files = from_folder(&folder).await.unwrap();
+        assert_eq!(names(&files), [layout::TOKENIZER_CONFIG]);
+        let settings: Value = serde_json::from_slice(&files[0].1).unwrap();
+        let list = json!([{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]);
+        assert_eq!((&settings["chat_template"], &settings["eos_token"]), (&list, &json!("x")));
     }
 
     #[test]

@@ -24,6 +24,11 @@ pub fn open(uri: &str, storage: &StorageConfig) -> Result<Store> {
             .with_hint("name a Hugging Face model folder, here or in a store"));
     }
     if let Some(path) = config::local_path(uri) {
+        if path.is_file() {
+            let folder = path.parent().map(|folder| folder.display().to_string()).unwrap_or_default();
+            return Err(Error::new(Kind::Config, format!("model.init_from: {} is a file", path.display()))
+                .with_hint(format!("name the model folder: model.init_from = \"{folder}\"")));
+        }
         let entries = std::fs::read_dir(&path).into_iter().flatten().filter_map(Result::ok);
         for file in entries.map(|entry| entry.path()) {
             let is_model = file.extension().is_some_and(|ending| ending == "json" || ending == "safetensors");
@@ -133,6 +138,16 @@ mod tests {
         let store = memory_store();
         store.put(layout::MODEL, file.into()).await.unwrap();
         weights(expected, "memory://", &store).await
+    }
+
+    #[test]
+    fn a_file_in_the_place_of_the_folder_is_said_to_be_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model.safetensors");
+        std::fs::write(&file, "x").unwrap();
+        let error = open(&format!("file://{}", file.display()), &StorageConfig::plain(4, 1)).err().unwrap();
+        assert_eq!(error.kind(), Kind::Config);
+        assert!(error.to_string().contains("model.safetensors is a file"), "{error}");
     }
 
     #[tokio::test]

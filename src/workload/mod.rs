@@ -51,12 +51,12 @@ use std::{
 use bytes::Bytes;
 
 pub use self::{
-    base::Base,
+    base::{Base, unlike},
     collectives::{Collectives, Recorder},
     companions::Files,
     prepare::Site,
     provenance::{DATA, MadeOf, names_data, newest_usable},
-    reports::{Diverged, Figures, Outline, Progress, Reports},
+    reports::{Diverged, Figures, Measured, Outline, Progress, Reports},
 };
 use crate::{
     checkpoint::{manifest::TrainerState, restore::RemoteFile},

@@ -28,6 +28,11 @@ impl Workload {
         let workers = prepare::workers(&config.workload, site).await?;
         let samples = opened.samples.train;
         let sequences = NonZeroU64::new(samples).ok_or_else(|| Error::new(Kind::Bug, "a task has no samples"))?;
+        if config.workload.train.early_stopping.is_some() && opened.samples.held_out == 0 {
+            let message = format!("task {} holds no sample out, by which train.early_stopping decides", own.name);
+            let hint = "hold samples out in Task::samples, or set train.early_stopping.patience = 0";
+            return Err(Error::new(Kind::Config, message).with_hint(hint));
+        }
         let mut task = config.workload.clone();
         task.model = ModelConfig::of_task(&opened.task);
         task.train.settle_steps(samples)?;

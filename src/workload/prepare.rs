@@ -122,6 +122,14 @@ impl Workload {
             let message = format!("{} holds no sequence of {length} tokens", wanted.train);
             Error::new(Kind::Config, message).with_hint("shorten data.sequence_length or prepare more data")
         })?;
+        if config.workload.train.early_stopping.is_some() && dataset.samples(Split::Validation, length) == 0 {
+            let message = format!(
+                "{} holds no sequence of {length} tokens for validation, by which train.early_stopping decides",
+                wanted.train
+            );
+            let hint = "prepare it with a higher --validation-ratio, or set train.early_stopping.patience = 0";
+            return Err(Error::new(Kind::Config, message).with_hint(hint));
+        }
         let mut task = config.workload.clone();
         task.train.settle_steps(samples)?;
         Ok(Self {

@@ -8,8 +8,8 @@ use std::{collections::BTreeMap, num::NonZeroU64};
 use crate::{
     config::TrainTask,
     ids::{Step, WorldSize},
-    journal::Metrics,
-    protocol::StepReport,
+    journal::{HELD_OUT, Metrics},
+    protocol::{HeldOutSum, StepReport},
     report,
 };
 
@@ -91,8 +91,8 @@ pub struct Reports {
     outline: Outline,
     /// Of steps that not every rank has finished.
     steps: BTreeMap<Step, Vec<StepReport>>,
-    /// Of states that not every rank has measured: how many have, the sum over their targets, their targets.
-    validations: BTreeMap<Step, (u32, f64, u64)>,
+    /// Of states that not every rank has measured: how many have, and the sums over their targets, by source.
+    validations: BTreeMap<Step, (u32, BTreeMap<String, (f64, u64)>)>,
 }
 
 impl Reports {
@@ -124,16 +124,49 @@ impl Reports {
         Some(Ok(Progress { step, loss, step_s, lr, grad_norm, stall_s, tokens: self.outline.tokens }))
     }
 
-    /// A rank has measured its share of a state. Returns the validation loss once every rank has, unless there was no
-    /// target.
-    pub fn validated(&mut self, step: Step, loss_sum: f64, targets: u64) -> Option<f64> {
-        let (ranks, sum, count) = self.validations.entry(step).or_default();
-        (*ranks, *sum, *count) = (*ranks + 1, *sum + loss_sum, *count + targets);
+    /// A rank has measured its share of a state. `None`: others have not.
+    ///
+    /// Sums are exact (see `train::step`), so they do not depend on the order in which ranks report.
+    pub fn validated(&mut self, step: Step, sums: Vec<HeldOutSum>) -> Option<Measured> {
+        let (ranks, all) = self.validations.entry(step).or_default();
+        *ranks += 1;
+        for HeldOutSum { source, loss, targets } in sums {
+            let sum = all.entry(source).or_default();
+            *sum = (sum.0 + loss, sum.1 + targets);
+        }
         if *ranks != self.outline.workers {
             return None;
         }
-        let (_, sum, count) = self.validations.remove(&step)?;
-        (count > 0).then(|| sum / count as f64)
+        let (_, all) = self.validations.remove(&step)?;
+        let mean = |(loss, targets): (f64, u64)| (targets > 0).then(|| loss / targets as f64);
+        let whole = all.values().fold((0.0, 0), |sum, part| (sum.0 + part.0, sum.1 + part.1));
+        let named = all.into_iter().filter(|(source, _)| !source.is_empty());
+        let sources = named.filter_map(|(source, sum)| Some((source, mean(sum)?))).collect();
+        Some(Measured { step, loss: mean(whole), sources })
+    }
+}
+
+/// The held-out loss of a state.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Measured {
+    /// Its step.
+    pub step: Step,
+    /// The mean over all targets; `None`: there was none.
+    pub loss: Option<f64>,
+    /// The means over the targets of each source of the data that has any.
+    pub sources: BTreeMap<String, f64>,
+}
+
+impl Measured {
+    /// As figures of a checkpoint, beside the loss.
+    pub fn figures(&self) -> Metrics {
+        self.sources.iter().map(|(source, loss)| (format!("{HELD_OUT}{source}"), *loss)).collect()
+    }
+
+    /// For people; `None`: there is nothing to say.
+    pub fn event(&self) -> Option<report::Event> {
+        let sources = self.sources.clone();
+        self.loss.map(|loss| report::Event::Validation { step: self.step, loss, sources })
     }
 }
 
@@ -216,12 +249,33 @@ mod tests {
     #[test]
     fn a_validation_is_the_mean_over_all_targets_of_all_ranks() {
         let mut reports = Reports::new(OUTLINE);
-        assert_eq!(reports.validated(Step(4), 6.0, 2), None);
-        assert_eq!(reports.validated(Step(4), 1.0, 1), None);
-        assert_eq!(reports.validated(Step(4), 3.0, 1), Some(2.5));
+        let sum = |source: &str, loss, targets| HeldOutSum { source: source.into(), loss, targets };
+        let mut validated = |step, loss, targets| reports.validated(Step(step), vec![sum("", loss, targets)]);
+        assert_eq!(validated(4, 6.0, 2), None);
+        assert_eq!(validated(4, 1.0, 1), None);
+        let measured = Measured { step: Step(4), loss: Some(2.5), sources: BTreeMap::new() };
+        assert_eq!(validated(4, 3.0, 1), Some(measured));
         // Fewer targets than ranks, or none at all.
-        assert_eq!(reports.validated(Step(8), 0.0, 0), None);
-        assert_eq!(reports.validated(Step(8), 0.0, 0), None);
-        assert_eq!(reports.validated(Step(8), 0.0, 0), None);
+        assert_eq!(validated(8, 0.0, 0), None);
+        assert_eq!(validated(8, 0.0, 0), None);
+        let measured = validated(8, 0.0, 0).unwrap();
+        assert_eq!((measured.loss, measured.event()), (None, None));
+    }
+
+    #[test]
+    fn a_validation_has_the_mean_of_each_source_that_has_targets() {
+        let mut reports = Reports::new(OUTLINE);
+        let sums = |chat: (f64, u64), code: (f64, u64)| {
+            [("chat", chat), ("code", code), ("none", (0.0, 0))]
+                .map(|(source, (loss, targets))| HeldOutSum { source: source.into(), loss, targets })
+                .to_vec()
+        };
+        assert_eq!(reports.validated(Step(4), sums((6.0, 2), (0.0, 0))), None);
+        assert_eq!(reports.validated(Step(4), sums((3.0, 1), (1.0, 4))), None);
+        let measured = reports.validated(Step(4), sums((0.0, 0), (2.0, 2))).unwrap();
+        assert_eq!(measured.loss, Some(12.0 / 9.0));
+        assert_eq!(measured.sources, [("chat".to_owned(), 3.0), ("code".to_owned(), 0.5)].into());
+        let figures = [("held_out/chat".to_owned(), 3.0), ("held_out/code".to_owned(), 0.5)];
+        assert_eq!(measured.figures(), figures.into());
     }
 }

@@ -4,6 +4,7 @@ use crate::{
     config::{Spread, TrainConfig},
     error::{Error, Kind},
     ids::{RunId, Step, WorldSize},
+    journal::EarlyStop,
 };
 
 /// Hint for a run that diverged at `step`; `good`: the last checkpoint before that.
@@ -47,6 +48,14 @@ pub fn less_memory(run_id: &RunId, train: &TrainConfig, workers: u32) -> String 
             most / 2
         ),
     }
+}
+
+/// What makes a run that stopped early go on.
+pub fn stops_later(early: &EarlyStop) -> String {
+    format!(
+        "to go on: trainer resume with --set train.early_stopping.patience=N, above {}, or 0 for never",
+        early.validations
+    )
 }
 
 #[cfg(test)]

@@ -454,6 +454,7 @@ fn group(beat: &Beat) -> Group {
         },
         kind: String::new(),
         workers: 1,
+        program: String::new(),
         unreachable: Vec::new(),
         left: beat.left,
     }

@@ -280,6 +280,8 @@ pub struct Sim {
     pub requests: Requests,
     /// Messages that were sent.
     pub messages: u64,
+    /// Generations that were proposed in vain, since another record had the number.
+    pub in_vain: u64,
     pub wrong: Vec<String>,
     pub trace: Vec<String>,
     pub tracing: bool,
@@ -307,6 +309,7 @@ impl Sim {
             ending: 0,
             requests: Requests::default(),
             messages: 0,
+            in_vain: 0,
             wrong: Vec::new(),
             trace: Vec::new(),
             tracing: false,
@@ -474,6 +477,7 @@ impl Sim {
                 let mut record = record;
                 if let Record::Formed(formed) = &mut record {
                     formed.at = self.now;
+                    self.in_vain += u64::from(!stands);
                 }
                 if stands {
                     self.check_record(&record);

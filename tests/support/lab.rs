@@ -416,6 +416,8 @@ fn walk(folder: &Path, prefix: &str, found: &mut Vec<String>) {
         let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
         match entry.file_type() {
             Ok(kind) if kind.is_dir() => walk(&entry.path(), &format!("{name}/"), found),
+            // A file that is still being written is no object, as `src/storage/local.rs` names it.
+            _ if name.rsplit_once('#').is_some_and(|(_, number)| number.parse::<u32>().is_ok()) => {}
             _ => found.push(name),
         }
     }

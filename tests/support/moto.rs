@@ -28,6 +28,10 @@ const REQUIREMENTS: &str = include_str!("tools-requirements.txt");
 const SERVER: &str = "
 import threading
 import moto.server as server
+from moto.ssm.models import Parameter
+
+# `!GetAtt Parameter.Value` in a template.
+Parameter.get_cfn_attribute = lambda self, name: {'Type': self.parameter_type, 'Value': self.value}[name]
 
 lock, run = threading.Lock(), server.run_simple
 

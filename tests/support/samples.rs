@@ -14,7 +14,9 @@ use trainer::{
     config::*,
     data::{self, shards},
     ids::{AttemptId, DatasetId, Generation, NodeId, NodeKey, Rank, RunId, Step, WorldSize},
-    journal::{Committed, Entry, FormedReason, Gone, Means, Metrics, Record, ResumePoint, RosterEntry, SaveCost},
+    journal::{
+        Committed, EarlyStop, Entry, FormedReason, Gone, Means, Metrics, Record, ResumePoint, RosterEntry, SaveCost,
+    },
     rendezvous::heartbeat::{Group, Heartbeat, Process, State},
     storage::Crc64,
     worker::task::Task,
@@ -65,6 +67,7 @@ pub fn config() -> RunConfig {
                     grad_clip: 1.0,
                 },
                 schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
+                early_stopping: None,
             },
             parallel: ParallelConfig {
                 strategy: Strategy::Ddp,
@@ -116,7 +119,7 @@ pub fn records_of_version_3() -> Vec<Record> {
     let committed = records().into_iter().find_map(committed).expect("one of each kind");
     vec![
         Record::Committed(Committed { loss: None, metrics, ..committed }),
-        Record::Completed { generation: Generation(3), step: Step(2000), loss: None },
+        Record::Completed { generation: Generation(3), step: Step(2000), loss: None, early: None },
     ]
 }
 
@@ -163,6 +166,26 @@ pub fn records_of_version_5() -> Vec<Record> {
         base: [1, 2].map(file).into(),
     });
     vec![Record::Created { run_id: run_id(), config: Box::new(config) }]
+}
+
+/// What version 6 of the journal has added: a run that may stop early, and one that did.
+pub fn records_of_version_6() -> Vec<Record> {
+    let mut config = config();
+    config.workload.train.early_stopping = Some(EarlyStopping { patience: 3, min_delta: 0.01 });
+    let early = EarlyStop { validations: 3, min_delta: 0.01, best_loss: 1.25, best_step: Step(900) };
+    let formed = records().into_iter().find_map(|record| match record {
+        Record::Formed { .. } => Some(record),
+        _ => None,
+    });
+    let mut formed = formed.expect("one of each kind");
+    if let Record::Formed { overrides, .. } = &mut formed {
+        *overrides = vec![("train.early_stopping.patience".into(), "5".into())];
+    }
+    vec![
+        Record::Created { run_id: run_id(), config: Box::new(config) },
+        formed,
+        Record::Completed { generation: Generation(3), step: Step(1200), loss: Some(1.5), early: Some(early) },
+    ]
 }
 
 /// What version 6 of the journal has added for programs with a task of their own.
@@ -213,7 +236,7 @@ pub fn records() -> Vec<Record> {
             drain: None,
         },
         Record::Damaged { step, generation, reason: "model-00001-of-00002.safetensors: it does not exist".into() },
-        Record::Completed { generation, step: Step(2000), loss: Some(1.5) },
+        Record::Completed { generation, step: Step(2000), loss: Some(1.5), early: None },
         Record::Failed { generation, step, reason: "loss is NaN".into() },
         Record::Pruned { step: Step(100), generation: Generation(1) },
     ]
@@ -288,6 +311,7 @@ pub fn heartbeat_in_group() -> Heartbeat {
         state: State::CutOff,
         kind: "NVIDIA H200".into(),
         workers: 8,
+        program: String::new(),
         unreachable: vec![node()],
         left: true,
     };
@@ -306,7 +330,12 @@ pub fn heartbeat() -> Heartbeat {
 
 pub fn index() -> shards::Index {
     let file = |file: &str, bytes| shards::FileEntry { file: file.into(), bytes, crc64: Crc64(0x0123_4567_89ab_cdef) };
-    let shard = |name: &str, tokens: u64| shards::ShardEntry { file: file(name, tokens * 2), tokens, marks: None };
+    let shard = |name: &str, tokens: u64| shards::ShardEntry {
+        file: file(name, tokens * 2),
+        tokens,
+        marks: None,
+        sources: None,
+    };
     shards::Index {
         format: 1,
         dtype: shards::TokenType::U16,
@@ -315,9 +344,21 @@ pub fn index() -> shards::Index {
         recipe: "00000000deadbeef".into(),
         tokenizer: file("tokenizer.json", 1_800_000),
         documents: None,
+        sources: vec![],
         train: vec![shard("train-00000.bin", 1 << 20), shard("train-00001.bin", 77)],
         validation: vec![shard("validation-00000.bin", 1 << 10)],
     }
+}
+
+/// One whose inputs have names.
+pub fn index_with_sources() -> shards::Index {
+    let mut index = index();
+    index.sources = vec!["chat".into(), "code".into()];
+    for shard in &mut index.validation {
+        let file = "validation-00000.sources".into();
+        shard.sources = Some(shards::FileEntry { file, bytes: shard.tokens, ..shard.file.clone() });
+    }
+    index
 }
 
 /// One of format 2, with everything that it may have.
@@ -339,6 +380,7 @@ pub fn index_of_format_2() -> shards::Index {
         dropped: data::marks::Dropped { too_long: 3, without_target: 4 },
         chat: Some(data::marks::Rendering {
             template_sha256: "0123456789abcdef".repeat(4),
+            tools_template_sha256: None,
             date: Some("2026-01-31".into()),
             end_ids: vec![2, 7],
         }),

@@ -13,7 +13,7 @@ use super::{
 use crate::support::{
     lab::{EVERY, STEPS},
     proxy::{FaultProxy, Hang},
-    trainer::{Event, Running},
+    trainer::{Event, Finished, Running},
 };
 
 /// A worker of rank 0 stops before it does this step, in a life in which it has done `done` steps before.
@@ -101,27 +101,94 @@ fn a_member_whose_saves_fail_and_that_is_needed_is_named_and_stays() {
     expect_sound(&lab);
 }
 
-/// A node is cut off from the store in the middle of a save, and another one's worker dies: the others don't wait for
-/// that save, which nobody commits.
-#[test]
-fn a_save_that_never_ends_is_given_up_and_its_node_is_left_out_by_name() {
-    let lab = Lab::on_s3();
+/// Three nodes, in the order of the roster, and their ways to the store. The leader's worker is held behind a save, and
+/// the node of this place is cut off from the store.
+#[track_caller]
+fn three_of_which_one_loses_the_store(
+    lab: &Lab,
+    nodes: &str,
+    faults: &str,
+    place: usize,
+) -> ([Running; 3], BTreeMap<i32, FaultProxy>) {
     create(lab.run(RUN));
-    let next_save = SAVED + EVERY;
-    let faults = format!("{},{},save.hasty=error", hold(0), stop(next_save + 2, next_save + 1));
     let ways = [1, 2, 3].map(|seed| FaultProxy::start(lab.server().address(), seed));
     let all = at_once(
-        ways.each_ref().map(|way| next(&lab, "2:3").envs(&[("AWS_ENDPOINT_URL", way.endpoint())]).faults(&faults)),
+        ways.each_ref().map(|way| next(lab, nodes).envs(&[("AWS_ENDPOINT_URL", way.endpoint())]).faults(faults)),
     );
     let ways: BTreeMap<i32, FaultProxy> = all.iter().map(|node| node.pid().as_raw_nonzero().get()).zip(ways).collect();
     for node in &all {
         node.wait_for("all three", of_nodes(3));
     }
-    let [leader, cut_off, other] = in_order_of_the_roster(&lab, all);
-    leader.wait_for_step("checkpoint", SAVED);
-    leader.held();
-    let way = &ways[&cut_off.pid().as_raw_nonzero().get()];
-    way.hang(Hang::all("", "", ""));
+    let all = in_order_of_the_roster(lab, all);
+    all[0].wait_for_step("checkpoint", SAVED);
+    all[0].held();
+    ways[&all[place].pid().as_raw_nonzero().get()].hang(Hang::all("", "", ""));
+    (all, ways)
+}
+
+/// A person asks the run to stop, without a deadline, and one node is cut off from the store. The others don't wait for
+/// all of its tries.
+#[test]
+fn a_drain_does_not_wait_for_a_node_that_is_cut_off() {
+    let lab = Lab::on_s3();
+    let faults = format!("{},save.hasty=error", hold(0));
+    let ([leader, cut_off, other], ways) = three_of_which_one_loses_the_store(&lab, "2:3", &faults, 1);
+    lab.about("drain", RUN).args(&["--no-wait"]).finish().expect_code(0);
+    leader.wait_for("the request", |event| event.kind() == "notice");
+    leader.let_go();
+    let lives = [leader, other].map(|node| node.finish().expect_code(76));
+    drop(ways);
+    // It may not have heard of the newest checkpoint.
+    cut_off.finish().expect_code(76);
+    let stopped = lives[0].last("interrupted").step().expect("a step");
+    for life in &lives {
+        assert_eq!(life.last("interrupted").value["lost_steps"].as_u64(), Some(stopped - SAVED), "{}", life.story());
+        assert_eq!(life.of_kind("formed").len(), 1, "{}", life.story());
+    }
+    let named = |life: &Finished| {
+        life.of_kind("warning").iter().any(|event| {
+            let message = event.value["message"].as_str().expect("a message");
+            message.contains("is lost: its save did not end in")
+        })
+    };
+    assert!(named(&lives[0]), "{}", lives[0].story());
+    assert_eq!(of_kind(&lab, "interrupted").len(), 1);
+    assert!(of_kind(&lab, "committed").iter().all(|entry| entry["record"]["step"].as_u64() <= Some(SAVED)));
+    let last = next(&lab, "1:3").finish().expect_code(0);
+    assert_eq!(last.resumed_from(), SAVED, "{}", last.story());
+    expect_nearly_undisturbed(&[&lives[0], &last]);
+    expect_sound(&lab);
+}
+
+/// A node leaves that has time, and another one is cut off: both are gone, and the leader goes on.
+#[test]
+fn a_node_that_leaves_does_not_wait_for_one_that_is_cut_off() {
+    let lab = Lab::on_s3();
+    let faults = format!("{},save.hasty=error", hold(0));
+    let ([leader, cut_off, leaving], _ways) = three_of_which_one_loses_the_store(&lab, "1:3", &faults, 1);
+    leaving.signal(Signal::TERM);
+    leaving.wait_for("a notice", |event| event.kind() == "notice");
+    leader.wait_for("its notice", |event| event.kind() == "notice");
+    leader.let_go();
+    assert_eq!(resumed_from(&leader.wait_for("it alone", of_nodes(1))), SAVED);
+    let leaving = leaving.finish().expect_code(76);
+    let leader = leader.finish().expect_code(0);
+    let gone = gone(&lab, 2);
+    assert!(gone.contains("its save did not end in") && gone.contains("was told to leave"), "{gone}");
+    cut_off.power_off();
+    assert!(leaving.last("interrupted").value["lost_steps"].as_u64() >= Some(1), "{}", leaving.story());
+    expect_nearly_undisturbed(&[&leader]);
+    expect_sound(&lab);
+}
+
+/// A node is cut off from the store in the middle of a save, and another one's worker dies: the others don't wait for
+/// that save, which nobody commits.
+#[test]
+fn a_save_that_never_ends_is_given_up_and_its_node_is_left_out_by_name() {
+    let lab = Lab::on_s3();
+    let next_save = SAVED + EVERY;
+    let faults = format!("{},{},save.hasty=error", hold(0), stop(next_save + 2, next_save + 1));
+    let ([leader, cut_off, other], _ways) = three_of_which_one_loses_the_store(&lab, "2:3", &faults, 1);
     leader.let_go();
     leader.wait_for_step("step", next_save + 1);
     leader.held();

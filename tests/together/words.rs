@@ -14,7 +14,7 @@ use trainer::{
 };
 
 use super::{
-    Lab, RUN, beats,
+    Lab, RUN, at_once, beats, create,
     faults::{SAVED, expect_sound, hold, of_kind, pair},
     next,
 };
@@ -55,6 +55,31 @@ fn a_node_of_another_version_stays_outside() {
     // It may have learned by now that the run is complete.
     let other = other.power_off();
     assert!(other.of_kind("formed").is_empty(), "{}", other.story());
+}
+
+/// Two nodes are needed, and these two are not alike, so nobody leads. Each says why once, and `status` does.
+#[test]
+fn nodes_that_are_not_alike_say_so_before_anybody_leads() {
+    for (point, said, shown) in [
+        ("node.version=error", "runs version", "it runs version"),
+        ("node.kind=error", "of another kind", "it computes with"),
+    ] {
+        let lab = Lab::on_files();
+        create(lab.run(RUN));
+        let nodes = at_once([next(&lab, "2"), next(&lab, "2").faults(point)]);
+        for node in &nodes {
+            node.wait_until_said(said);
+        }
+        let status = lab.about("status", RUN).args(&["--json"]).finish().expect_code(0);
+        let status: Value = serde_json::from_str(&status.stdout).expect("JSON");
+        let outside = status["group"]["outside"].as_array().expect("nodes").clone();
+        let reasons: Vec<&str> = outside.iter().filter_map(|node| node["stays_out"].as_str()).collect();
+        assert!(outside.len() == 2 && reasons.len() == 1 && reasons[0].starts_with(shown), "{outside:?}");
+        for node in nodes {
+            let life = node.power_off();
+            assert!(life.of_kind("formed").is_empty(), "{}", life.story());
+        }
+    }
 }
 
 /// A node that is no member: its heartbeat is in the store, so that it is let in.

@@ -163,7 +163,7 @@ struct Churn {
 /// The steps of all leaders.
 #[derive(Default)]
 struct Work {
-    /// Seconds from the last step of a generation to the first of the next.
+    /// Seconds from the last step of a generation to the first of the next, without the time of that step itself.
     gaps: Vec<f64>,
     last: Option<Instant>,
     formed: bool,
@@ -180,12 +180,13 @@ impl Work {
                 "formed" => self.formed = true,
                 "step" => {
                     let now = Instant::now();
+                    let step_s = event.value["step_s"].as_f64().unwrap_or_default();
                     if let (Some(before), true) = (self.last, self.formed) {
-                        self.gaps.push(now.duration_since(before).as_secs_f64());
+                        self.gaps.push((now.duration_since(before).as_secs_f64() - step_s).max(0.0));
                     }
                     (self.formed, self.last) = (false, Some(now));
                     if self.done.insert(event.step().unwrap_or_default()) {
-                        self.seconds += event.value["step_s"].as_f64().unwrap_or_default();
+                        self.seconds += step_s;
                     } else {
                         self.again += 1;
                     }

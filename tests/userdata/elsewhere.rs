@@ -36,6 +36,12 @@ fn a_slurm_job_goes_back_into_the_queue_when_it_should() {
         assert_eq!(machine.calls().contains("scontrol requeue 42"), queued, "exit code {code}: {}", machine.calls());
         assert!(machine.calls().contains("trainer boot --json"), "{}", machine.calls());
     }
+    // A node whose driver is too old.
+    let machine = Machine::new("");
+    machine.does("nvidia-smi", "echo 570.195.03");
+    machine.executable("bin/trainer", STAND_IN);
+    expect(&job(&machine).output().expect("start the batch script"), 78, &["NVIDIA's driver is 570", "--constraint"]);
+    assert!(!machine.calls().contains("trainer boot"), "{}", machine.calls());
     // Slurm's signal goes to the script, or to all its processes; trainer must receive it, and the script must wait for
     // its exit.
     use rustix::process::{Pid, Signal, kill_process, kill_process_group};
@@ -73,24 +79,43 @@ fn a_slurm_job_goes_back_into_the_queue_when_it_should() {
     }
 }
 
-/// Azure's command line is a stand-in that stores the machine's User Data and knows no scale set.
+/// A machine with `dirname`, which scripts outside of machines use.
+fn desk() -> Machine {
+    let machine = Machine::new("");
+    let dirname = ["/usr/bin/dirname", "/bin/dirname"].map(Path::new).into_iter().find(|path| path.is_file());
+    symlink(dirname.expect("dirname is not installed"), machine.path("bin/dirname")).expect("a link");
+    machine
+}
+
+/// Lines of `calls` that begin so, as one text in the order of `starts`; panics if one is missing or comes too early.
+fn expect_in_order(calls: &str, starts: &[&str]) {
+    let mut rest = calls;
+    for start in starts {
+        let at = rest.find(start).unwrap_or_else(|| panic!("{start} is not there, or too early:\n{calls}"));
+        rest = &rest[at + start.len()..];
+    }
+}
+
+/// Azure's command line is a stand-in that stores the machine's User Data, and has no scale set before.
 #[test]
 fn a_scale_set_is_created_with_everything_that_its_machine_needs() {
     let cloud = Cloud::machine();
-    let machine = Machine::new("");
+    let machine = desk();
     let az = format!(
-        "{STAND_IN}if [ \"$2\" = show ] && [ ! -e \"$here/user-data\" ]; then exit 3; fi\n\
+        "{STAND_IN}if [ \"$1 $2\" = 'vmss show' ] && [ ! -e \"$here/user-data\" ]; then exit 3; fi\n\
+         case \"$*\" in *' clientId '*) echo client-1 ;; *' principalId '*) echo principal-1 ;; \
+         'identity show'*) echo /identity-1 ;; 'storage account show'*) echo /account-1 ;;\n\
+         'vmss show'*query*) echo /set-1 ;;\n\
+         'vmss list-instances'*) cat \"$here/machines\" ;; esac\n\
          for one; do if [ \"$last\" = --custom-data ]; then cat \"$one\" >\"$here/user-data\"; fi; last=$one; done\n"
     );
     machine.executable("bin/az", &az);
-    let dirname = ["/usr/bin/dirname", "/bin/dirname"].map(Path::new).into_iter().find(|path| path.is_file());
-    symlink(dirname.expect("dirname is not installed"), machine.path("bin/dirname")).expect("a link");
     let variables = [
         ("GROUP", "training"),
         ("LOCATION", "westeurope"),
         ("IMAGE", "registry/image"),
         ("STORE", "az://container/runs"),
-        ("RUN_ID", "reports"),
+        ("RUN_ID", "Reports_2026.q4"),
         ("CONFIG", "az://container/reports.toml"),
     ];
     let mut make = machine.command(&path("azure/scale-set.sh"), &cloud);
@@ -101,22 +126,206 @@ fn a_scale_set_is_created_with_everything_that_its_machine_needs() {
     let given = std::fs::read_to_string(machine.path("stand-ins/user-data")).expect("User Data");
     // The store gets the account from there.
     assert!(given.lines().any(|line| line.trim() == "AZURE_STORAGE_ACCOUNT_NAME=storage"), "{given}");
-    assert!(!given.contains("@ACCOUNT@") && !given.contains("@STORE@"), "{given}");
+    let marks = ["IMAGE", "ACCOUNT", "STORE", "RUN_ID", "CONFIG", "CLIENT"].map(|name| format!("@{name}@"));
+    assert!(!marks.iter().any(|mark| given.contains(mark)), "{given}");
     let calls = machine.calls();
     let made = calls.lines().find(|line| line.starts_with("az vmss create")).expect("az vmss create");
     // Options that `az vmss create` does not have, and features that spot machines do not have.
     assert!(!made.contains("--nsg-rule") && !made.contains("terminate-notification"), "{made}");
-    assert!(made.contains("--nsg trainer-reports"), "{made}");
-    assert!(calls.contains("az network nsg create --resource-group training"), "{calls}");
+    let name = made.split_once(" --name ").and_then(|(_, rest)| rest.split_once(' ')).expect("a name").0;
+    assert!(name.starts_with("trainer-reports-2026-q4-") && made.contains(&format!("--nsg {name}")), "{made}");
+    // The identity and its roles come before the machine, which would otherwise end itself for the lack of them.
+    let storage = "--role Storage Blob Data Contributor --scope /account-1/blobServices/default/containers/container";
+    assert!(made.contains(" --instance-count 0 ") && made.contains(" --assign-identity /identity-1 "), "{made}");
+    expect_in_order(
+        &calls,
+        &[
+            "az identity create --resource-group training",
+            storage,
+            "az network nsg create --resource-group training",
+            "az vmss create",
+            "--role Virtual Machine Contributor --scope /set-1",
+            &format!("az vmss scale --resource-group training --name {name} --new-capacity 1"),
+        ],
+    );
+    assert!(said(&output).contains(&format!("az vmss delete --resource-group training --name {name}")), "{calls}");
+    // From cron, after Azure has given up restoring: a machine is started, and cron mails what is said.
+    for (machines, started) in [("0", true), ("1", false)] {
+        std::fs::write(machine.path("stand-ins/machines"), machines).expect("how many machines the set has");
+        let before = machine.calls().len();
+        let output = make.output().expect("start scale-set.sh");
+        assert!(output.status.success(), "{}", said(&output));
+        assert_eq!(said(&output).contains("has no machine: starting one"), started, "{}", said(&output));
+        assert_eq!(said(&output).is_empty(), !started);
+        let calls = machine.calls()[before..].to_owned();
+        assert_eq!(calls.contains("az vmss scale"), started, "{calls}");
+        assert!(!calls.contains("create"), "{calls}");
+    }
+}
+
+/// A role that was given a moment ago is not known everywhere: the machine waits, and does not end itself.
+#[test]
+fn azures_machine_waits_for_its_role() {
+    let Some(azure) = super::yaml(&super::text("azure/cloud-init.yaml")) else { return };
+    let script = super::files::script_of(&azure[0], "/usr/local/sbin/trainer-machine");
+    let role = r#"{"access_token":"metadata-token","expires_in":1}"#;
+    let token = "/metadata/identity/oauth2/token?api-version=2018-02-01&client_id=client&resource=https%3A%2F%2Fstorage.azure.com%2F";
+    let list = "/container?restype=container&comp=list&maxresults=1";
+    for (answer, pauses) in [("forbidden", 60), ("<EnumerationResults/>", 0)] {
+        let (machine, cloud) = (Machine::new(""), Cloud::start(&[(token, role), (list, answer)]));
+        machine.executable("bin/run", &script);
+        let mut run = machine.command(&machine.path("bin/run"), &cloud);
+        let endpoints = ["TRAINER_AZURE_METADATA_ENDPOINT", "TRAINER_AZURE_BLOB_ENDPOINT"];
+        run.arg("run").envs(endpoints.map(|name| (name, cloud.endpoint())));
+        let output = run.output().expect("start trainer-machine");
+        expect(&output, 0, &[]);
+        assert_eq!(machine.calls().matches("sleep 30").count(), pauses, "{}", machine.calls());
+        assert_eq!(said(&output).contains("waiting until the identity may use container"), pauses > 0);
+        // The program itself says what is wrong.
+        assert!(machine.calls().contains("registry/image boot --json"), "{}", machine.calls());
+        // A GPU with an old driver.
+        std::fs::create_dir_all(machine.path("root/sys/bus/pci/devices/0")).expect("a device");
+        std::fs::write(machine.path("root/sys/bus/pci/devices/0/vendor"), "0x10de\n").expect("its maker");
+        machine.does("nvidia-smi", "case $1 in --query-gpu=driver_version) echo 570.1 ;; esac");
+        expect(&run.output().expect("start trainer-machine"), 78, &["NVIDIA's driver is 570.1"]);
+    }
+}
+
+fn google<'a>(run_id: &'a str, notice: &'a str) -> [(&'a str, &'a str); 7] {
+    [
+        ("PROJECT", "project"),
+        ("REGION", "us-central1"),
+        ("BUCKET", "bucket"),
+        ("RUN_ID", run_id),
+        ("CONFIG", "gs://bucket/reports.toml"),
+        ("IMAGE", "registry/image"),
+        ("SPOT_NOTICE", notice),
+    ]
+}
+
+/// Nothing exists yet; the quota allows one GPU.
+fn gcloud(machine: &Machine, quota: &str) {
+    let gcloud = format!(
+        "{STAND_IN}case \"$*\" in *project-info*) echo {quota}; exit ;; esac\n\
+         [ \"$2\" != describe ] && [ \"$3\" != describe ] && [ \"$4\" != describe ]\n"
+    );
+    machine.executable("bin/gcloud", &gcloud);
+}
+
+#[test]
+fn googles_group_is_created_with_everything_that_its_machine_needs() {
+    let cloud = Cloud::machine();
+    let made = |run_id: &str| {
+        let machine = desk();
+        gcloud(&machine, "GPUS_ALL_REGIONS,1.0");
+        let mut make = machine.command(&path("gcp/instance-template.sh"), &cloud);
+        let output = make.envs(google(run_id, "")).output().expect("start instance-template.sh");
+        assert!(output.status.success(), "{}", said(&output));
+        let calls = machine.calls();
+        let name = calls.split_once("instance-templates create ").expect("a template").1;
+        let name = name.split(' ').next().expect("a name").to_owned();
+        assert!(said(&output).contains(&format!("managed delete {name} --region us-central1")), "{}", said(&output));
+        (name, calls)
+    };
+    // RFC 1035: small letters, digits, hyphens; 63 characters, of which the group takes five for a machine.
+    let long = "Reports_2026.Q4-".repeat(5);
+    let mut names = Vec::new();
+    for run_id in ["reports", "Reports", "reports_2026.q4", "reports-2026-q4", &long] {
+        let (name, _) = made(run_id);
+        let legal = name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+        assert!(legal && name.starts_with("trainer-") && name.len() <= 58 && !name.ends_with('-'), "{name}");
+        assert!(!names.contains(&name), "{name} is two runs");
+        names.push(name);
+    }
+    let (name, calls) = made("reports");
+    expect_in_order(
+        &calls,
+        &[
+            // A network has no rule by itself; the one called default lets ssh in from everywhere.
+            "gcloud compute networks create trainer ",
+            "gcloud iam service-accounts create trainer ",
+            "gcloud iam roles create trainerLeavesGroup ",
+            "--role=roles/artifactregistry.reader",
+            "--role=projects/project/roles/trainerLeavesGroup",
+            "gcloud storage buckets add-iam-policy-binding gs://bucket ",
+            &format!("gcloud compute instance-templates create {name} "),
+            " --network=trainer ",
+            &format!("managed create {name} --project=project --region=us-central1 "),
+            "--target-distribution-shape=any --instance-redistribution-type=none",
+        ],
+    );
+    assert!(!calls.contains("firewall"), "{calls}");
+    // It would buy nothing, for as long as the quota is 0.
+    let machine = desk();
+    gcloud(&machine, "GPUS_ALL_REGIONS,0.0");
+    let mut make = machine.command(&path("gcp/instance-template.sh"), &cloud);
+    let output = make.envs(google("reports", "")).output().expect("start instance-template.sh");
+    expect(&output, 69, &["the quota GPUS_ALL_REGIONS of project is 0", "hint: "]);
+    assert!(!machine.calls().contains("create"), "{}", machine.calls());
+}
+
+/// Google's images have the driver, but no Docker.
+#[test]
+fn googles_machine_installs_what_its_image_lacks() {
+    let attribute = |name: &str| format!("/computeMetadata/v1/instance/attributes/trainer-{name}");
+    let names = ["image", "store", "run-id", "config", "preemption-window"].map(attribute);
+    let answers: Vec<_> = names.iter().map(|name| (name.as_str(), "registry/image")).collect();
+    let cloud = Cloud::with(&answers);
+    let start = |gpu: bool, driver: &str, code: i32, parts: &[&str]| {
+        let machine = Machine::new("");
+        std::fs::remove_file(machine.path("bin/docker")).expect("take Docker away");
+        std::fs::remove_file(machine.path("bin/nvidia-ctk")).expect("take the toolkit away");
+        let apt = format!(
+            "{STAND_IN}for one; do case $one in docker.io) one=docker ;; nvidia-container-toolkit) one=nvidia-ctk ;; \
+             *) continue ;; esac; cat \"${{0%/*}}/systemctl\" >\"${{0%/*}}/$one\"; chmod 755 \"${{0%/*}}/$one\"; done\n"
+        );
+        machine.executable("bin/apt-get", &apt);
+        // The key of NVIDIA's packages.
+        std::fs::remove_file(machine.path("bin/curl")).expect("take curl away");
+        let real = std::env::split_paths(&std::env::var_os("PATH").expect("PATH"))
+            .map(|folder| folder.join("curl"))
+            .find(|path| path.is_file())
+            .expect("curl is not installed");
+        let curl =
+            format!("{STAND_IN}case \"$*\" in *nvidia.github.io*) ;; *) exec {} \"$@\" ;; esac\n", real.display());
+        machine.executable("bin/curl", &curl);
+        if gpu {
+            std::fs::create_dir_all(machine.path("root/sys/bus/pci/devices/0")).expect("a device");
+            std::fs::write(machine.path("root/sys/bus/pci/devices/0/vendor"), "0x10de\n").expect("its maker");
+            machine.does("nvidia-smi", &format!("case $1 in --query-gpu=driver_version) echo {driver} ;; esac"));
+        }
+        let mut start = machine.command(&path("gcp/startup.sh"), &cloud);
+        start.arg("run").env("GCE_METADATA_HOST", cloud.endpoint().trim_start_matches("http://"));
+        expect(&start.output().expect("start startup.sh"), code, parts);
+        machine
+    };
+    let machine = start(true, "580.95.05", 0, &["installing Docker", "installing NVIDIA's container toolkit"]);
+    expect_in_order(
+        &machine.calls(),
+        &[
+            "nvidia-modprobe -c0 -u",
+            "install -y --no-install-recommends docker.io",
+            "https://nvidia.github.io/libnvidia-container/gpgkey",
+            "install -y --no-install-recommends nvidia-container-toolkit",
+            "nvidia-ctk runtime configure --runtime=docker",
+            "systemctl restart docker",
+            "docker pull --quiet registry/image",
+            "--gpus all registry/image boot --json",
+        ],
+    );
+    let source = std::fs::read_to_string(machine.path("root/etc/apt/sources.list.d/nvidia.list")).expect("a source");
+    assert!(source.ends_with(" https://nvidia.github.io/libnvidia-container/stable/deb/$(ARCH) /\n"), "{source}");
+    let calls = start(false, "", 0, &["installing Docker"]).calls();
+    assert!(!calls.contains("nvidia") && calls.contains("registry/image boot --json"), "{calls}");
+    let calls = start(true, "570.195.03", 78, &["NVIDIA's driver is 570.195.03: CUDA 13 needs 580 or newer"]).calls();
+    assert!(!calls.contains("docker run"), "{calls}");
 }
 
 #[test]
 fn googles_notice_is_as_long_as_requested() {
     for (notice, window) in [("", "30s"), ("120s", "120s")] {
-        let machine = Machine::new("");
-        machine.executable("bin/gcloud", &format!("{STAND_IN}[ \"$2\" != describe ] && [ \"$3\" != describe ]\n"));
-        let dirname = ["/usr/bin/dirname", "/bin/dirname"].map(Path::new).into_iter().find(|path| path.is_file());
-        symlink(dirname.expect("dirname is not installed"), machine.path("bin/dirname")).expect("a link");
+        let machine = desk();
+        gcloud(&machine, "GPUS_ALL_REGIONS,1.0");
         let cloud = Cloud::with(&[
             ("/computeMetadata/v1/instance/attributes/trainer-image", "registry/image"),
             ("/computeMetadata/v1/instance/attributes/trainer-store", "gs://bucket/runs"),
@@ -124,23 +333,16 @@ fn googles_notice_is_as_long_as_requested() {
             ("/computeMetadata/v1/instance/attributes/trainer-config", "gs://bucket/reports.toml"),
             ("/computeMetadata/v1/instance/attributes/trainer-preemption-window", window),
         ]);
-        let variables = [
-            ("PROJECT", "project"),
-            ("ZONE", "zone"),
-            ("BUCKET", "bucket"),
-            ("RUN_ID", "reports"),
-            ("CONFIG", "gs://bucket/reports.toml"),
-            ("IMAGE", "registry/image"),
-            ("SPOT_NOTICE", notice),
-        ];
         let mut make = machine.command(&path("gcp/instance-template.sh"), &cloud);
-        let output = make.envs(variables).output().expect("start instance-template.sh");
+        let output = make.envs(google("reports", notice)).output().expect("start instance-template.sh");
         assert!(output.status.success(), "{}", said(&output));
         let calls = machine.calls();
         assert!(calls.contains(&format!("trainer-preemption-window={window} ")), "{calls}");
         assert_eq!(calls.contains("--preemption-notice-duration=120s"), !notice.is_empty(), "{calls}");
         // It is not known whether the image's NVIDIA modules are signed; unsigned ones would not be loaded.
         assert!(calls.contains(" --no-shielded-secure-boot --shielded-vtpm "), "{calls}");
+        // The console of a machine that is gone.
+        assert!(calls.contains("serial-port-logging-enable=TRUE"), "{calls}");
         // The machine's own computation.
         let mut start = machine.command(&path("gcp/startup.sh"), &cloud);
         start.arg("run").env("GCE_METADATA_HOST", cloud.endpoint().trim_start_matches("http://"));
@@ -156,6 +358,28 @@ fn googles_notice_is_as_long_as_requested() {
         ] {
             assert!(env.lines().any(|found| found == line), "{line} is not in\n{env}");
         }
+    }
+}
+
+/// One machine whose AMI has the program.
+#[test]
+fn a_single_machine_starts_the_program_unless_its_driver_is_too_old() {
+    let Some(config) = super::yaml(&super::text("aws/cloud-init.yaml")) else { return };
+    let script = super::files::script_of(&config[0], "/usr/local/sbin/trainer-machine");
+    let cloud = Cloud::machine();
+    for (gpu, driver, code) in [(false, "echo 470.1", 75), (true, "echo 580.95.05", 75), (true, "echo 575.1", 78)] {
+        let machine = Machine::new("");
+        machine.executable("bin/run", &script);
+        std::fs::create_dir_all(machine.path("root/opt/trainer")).expect("a folder");
+        machine.executable("root/opt/trainer/trainer", "#!/bin/sh\necho \"started with $*\"\nexit 75\n");
+        machine.does("nvidia-smi", driver);
+        if gpu {
+            std::fs::create_dir_all(machine.path("root/sys/bus/pci/devices/0")).expect("a device");
+            std::fs::write(machine.path("root/sys/bus/pci/devices/0/vendor"), "0x10de\n").expect("its maker");
+        }
+        let mut run = machine.command(&machine.path("bin/run"), &cloud);
+        let said = if code == 75 { "started with boot --json" } else { "NVIDIA's driver is 575.1" };
+        expect(&run.arg("run").output().expect("start trainer-machine"), code, &[said]);
     }
 }
 

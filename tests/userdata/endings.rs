@@ -192,6 +192,10 @@ fn moto_understands_the_messages_of_giving_up() {
     let message = mail["Message"].as_str().expect("a message");
     assert!(message.starts_with(tagged(&before, "InstanceId")), "{message}");
     assert!(message.ends_with("unknown key \"stpes\" & 100 %+"), "{message}");
+    // Whoever reads it must know that nothing starts machines any more, and how to change that.
+    let resume =
+        "aws autoscaling resume-processes --auto-scaling-group-name queued --scaling-processes AlarmNotification";
+    assert!(message.contains(resume), "{message}");
 }
 
 /// systemd ends a command that takes longer than `TimeoutStopSec`; then nothing would power the machine off.
@@ -289,15 +293,20 @@ fn the_container_knows_who_powers_the_machine_off() {
 #[test]
 fn no_machine_stays_on_when_another_start_is_pointless() {
     let role = r#"{"access_token":"metadata-token","expires_in":1}"#;
-    let token = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https%3A%2F%2Fmanagement.azure.com%2F";
+    let azure = "/metadata/identity/oauth2/token?api-version=2018-02-01&client_id=client&resource=https%3A%2F%2F";
     let google = "/computeMetadata/v1/instance";
     let answers = [
+        (format!("{google}/attributes/trainer-bucket"), "bucket"),
+        (format!("{google}/attributes/trainer-run-id"), "reports"),
+        ("upload/storage/v1/b/bucket/".into(), "{}"),
+        (format!("{azure}storage.azure.com%2F"), role),
+        ("/metadata/instance/compute/name?api-version=2021-02-01&format=text".into(), "reports-1"),
         (format!("{google}/attributes/created-by"), "projects/1/zones/z/instanceGroupManagers/reports"),
         (format!("{google}/zone"), "projects/1/zones/z"),
         (format!("{google}/name"), "reports-1"),
         (format!("{google}/service-accounts/default/token"), role),
         ("/metadata/instance/compute/resourceId?api-version=2021-02-01&format=text".into(), "/machines/1"),
-        (token.into(), role),
+        (format!("{azure}management.azure.com%2F"), role),
         ("deleteInstances".into(), "{}"),
     ];
     let answers: Vec<_> = answers.iter().map(|(key, value)| (key.as_str(), *value)).collect();
@@ -318,6 +327,7 @@ fn no_machine_stays_on_when_another_start_is_pointless() {
         let codes = |codes: &[&str]| {
             let (machine, cloud) = (Machine::new(""), Cloud::with(&answers));
             machine.executable("bin/after", &script);
+            machine.does("journalctl", "echo 'unknown key \"stpes\"'");
             for code in codes {
                 let mut after = machine.command(&machine.path("bin/after"), &cloud);
                 let output = after
@@ -326,11 +336,17 @@ fn no_machine_stays_on_when_another_start_is_pointless() {
                     .env("TRAINER_COMPUTE_API", cloud.endpoint())
                     .env("TRAINER_AZURE_METADATA_ENDPOINT", cloud.endpoint())
                     .env("TRAINER_AZURE_MANAGEMENT_ENDPOINT", cloud.endpoint())
+                    .envs(["TRAINER_STORAGE_API", "TRAINER_AZURE_BLOB_ENDPOINT"].map(|name| (name, cloud.endpoint())))
                     .envs([("EXIT_CODE", "exited"), ("EXIT_STATUS", code)])
                     .output()
                     .expect("start trainer-machine");
                 expect(&output, 0, &[]);
             }
+            // What it said outlives it, unless the run is complete.
+            let kept = cloud.asked("machine-logs/reports/reports-1.log");
+            let gives_up = left(&machine, &cloud) && codes != ["0"] && kind != "aws";
+            assert_eq!(kept.len(), usize::from(gives_up), "{kind}, {codes:?}: {kept:?}");
+            assert!(kept.iter().all(|(_, body)| body.contains("stpes")), "{kept:?}");
             left(&machine, &cloud)
         };
         for code in ["64", "65", "77", "78"] {

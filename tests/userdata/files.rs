@@ -36,7 +36,9 @@ fn the_table_names_each_file_and_no_other() {
         assert!(name == "README.md" || table.contains(&format!("({name})")), "userdata/README.md does not link {name}");
     }
     for link in table.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(link, _)| link) {
-        assert!(link.contains("://") || path(link).exists(), "userdata/README.md links {link}, which is not there");
+        let heading = link.strip_prefix('#').map(|heading| format!("\n## {}\n", heading.replace('-', " ")));
+        let is_there = heading.map_or_else(|| path(link).exists(), |heading| table.to_lowercase().contains(&heading));
+        assert!(link.contains("://") || is_there, "userdata/README.md links {link}, which is not there");
     }
 }
 
@@ -111,7 +113,17 @@ fn shell_scripts_pass_shellcheck() {
 pub fn script_of(cloud_config: &Value, file: &str) -> String {
     let files = cloud_config["write_files"].as_array().expect("write_files");
     let entry = files.iter().find(|entry| entry["path"] == file).unwrap_or_else(|| panic!("no {file} is written"));
-    entry["content"].as_str().expect("its content").replace("@IMAGE@", "registry/image")
+    let mut content = entry["content"].as_str().expect("its content").to_owned();
+    for (mark, value) in [
+        ("@IMAGE@", "registry/image"),
+        ("@STORE@", "az://container/runs"),
+        ("@ACCOUNT@", "account"),
+        ("@RUN_ID@", "reports"),
+        ("@CLIENT@", "client"),
+    ] {
+        content = content.replace(mark, value);
+    }
+    content
 }
 
 #[test]
@@ -321,7 +333,7 @@ fn expect_job_rules(name: &str, document: &Value) {
                 assert!(window.is_some_and(|window: u64| window < grace), "{name}: {window:?} in {grace} s");
             }
             if let Some(Value::String(action)) = fields.get("action") {
-                let known = ["Ignore", "FailJob", "RestartJobSetAndIgnoreMaxRestarts", "FailJobSet"];
+                let known = ["Ignore", "Count", "FailJob", "RestartJobSetAndIgnoreMaxRestarts", "FailJobSet"];
                 assert!(known.contains(&action.as_str()), "{name}: {action}");
             }
             fields.values().for_each(|value| expect_job_rules(name, value));
@@ -335,7 +347,15 @@ fn expect_job_rules(name: &str, document: &Value) {
 fn the_skypilot_task_recovers_on_the_codes_that_ask_for_it() {
     let Some(task) = yaml(&text("skypilot/task.yaml")) else { return };
     let keys: Vec<_> = task[0].as_object().expect("a mapping").keys().collect();
-    assert_eq!(keys, ["envs", "name", "resources", "run", "setup"]);
+    assert_eq!(keys, ["envs", "file_mounts", "name", "resources", "run", "setup"]);
+    // Fetched with SkyPilot's credentials at each recovery; the machine of another cloud would have none for the store.
+    assert_eq!(task[0]["resources"]["infra"], "aws");
+    let bundle = task[0]["file_mounts"]["~/trainer.tar.gz"].as_str();
+    assert!(bundle.is_some_and(|bundle| bundle.starts_with("s3://")), "{bundle:?}");
+    let commands = format!("{}{}", task[0]["setup"], task[0]["run"]);
+    assert!(!commands.contains("curl") && !commands.contains("_URL"), "{commands}");
+    // The bundle needs glibc 2.36.
+    assert_eq!(task[0]["resources"]["image_id"], "docker:ubuntu:24.04");
     let recovery = &task[0]["resources"]["job_recovery"];
     assert_eq!(recovery["recover_on_exit_codes"], serde_json::json!([69, 75, 76]));
     assert_eq!(recovery["strategy"], "EAGER_NEXT_REGION");
@@ -350,7 +370,8 @@ fn a_build_for_gpus_finds_them() {
     // Without a flag the set-up asks the building machine, which is seldom the training one.
     for name in all() {
         for line in text(&name).lines().filter(|line| line.contains("scripts/setup") && line.contains("&&")) {
-            assert!(line.contains("scripts/setup --cuda"), "userdata/{name}: {line}");
+            let flavour = ["scripts/setup --cuda", "scripts/setup --cpu"].iter().any(|one| line.contains(one));
+            assert!(flavour, "userdata/{name}: {line}");
         }
     }
     let image = text("container/Containerfile");
@@ -368,5 +389,92 @@ fn a_build_for_gpus_finds_them() {
         let unit = text(name);
         let before = unit.lines().find(|line| line.starts_with("ExecStartPre=") && line.contains("nvidia-modprobe"));
         assert_eq!(before, Some("ExecStartPre=+-/usr/bin/nvidia-modprobe -c0 -u"), "userdata/{name}");
+    }
+}
+
+/// With an older driver CUDA finds no GPU, and a program may take the CPU for what it was meant to use.
+#[test]
+fn every_script_that_starts_the_program_looks_at_the_drivers_number() {
+    for name in [
+        "aws/user-data.sh",
+        "aws/cloud-init.yaml",
+        "gcp/startup.sh",
+        "azure/cloud-init.yaml",
+        "slurm/trainer.sbatch",
+        "skypilot/task.yaml",
+    ] {
+        let text = text(name);
+        for part in ["nvidia-smi --query-gpu=driver_version --format=csv,noheader", " -ge 580 ", "CUDA 13 needs 580"] {
+            assert!(text.contains(part), "userdata/{name}: {part}");
+        }
+    }
+    // The image that Google's machines boot has it in its name.
+    let family = text("gcp/instance-template.sh");
+    let family =
+        family.split_once("${VM_IMAGE_FAMILY:-").and_then(|(_, rest)| rest.split_once('}')).expect("a family").0;
+    let driver = family.rsplit_once("-nvidia-").and_then(|(_, number)| number.parse::<u32>().ok());
+    assert!(driver >= Some(580), "{family}");
+}
+
+/// Spot pools are tainted, and a pod that names none lands on machines at the full price.
+#[test]
+fn pods_ask_for_spot_nodes_and_nobody_moves_them() {
+    fn pods<'v>(value: &'v Value, found: &mut Vec<(&'v Value, &'v Value)>) {
+        match value {
+            Value::Object(fields) => {
+                if value["spec"].get("containers").is_some() {
+                    found.push((&value["metadata"], &value["spec"]));
+                }
+                fields.values().for_each(|field| pods(field, found));
+            }
+            Value::Array(items) => items.iter().for_each(|item| pods(item, found)),
+            _ => {}
+        }
+    }
+    for name in ["kubernetes/job.yaml", "kubernetes/jobset.yaml", "kubernetes/trainjob.yaml"] {
+        let Some(documents) = yaml(&text(name)) else { return };
+        let mut found = Vec::new();
+        documents.iter().for_each(|document| pods(document, &mut found));
+        let [(metadata, pod)] = found[..] else { panic!("{name} has {} pods", found.len()) };
+        let annotations = &metadata["annotations"];
+        assert_eq!(annotations["karpenter.sh/do-not-disrupt"], "true", "{name}");
+        assert_eq!(annotations["cluster-autoscaler.kubernetes.io/safe-to-evict"], "false", "{name}");
+        let tolerated: Vec<_> =
+            pod["tolerations"].as_array().expect("tolerations").iter().filter_map(|one| one["key"].as_str()).collect();
+        // https://learn.microsoft.com/azure/aks/spot-node-pool
+        // https://cloud.google.com/kubernetes-engine/docs/concepts/spot-vms
+        for taint in ["kubernetes.azure.com/scalesetpriority", "cloud.google.com/gke-spot", "nvidia.com/gpu"] {
+            assert!(tolerated.contains(&taint), "{name}: {tolerated:?}");
+        }
+        let terms =
+            &pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"];
+        // One of them is enough.
+        let labels: Vec<_> = terms
+            .as_array()
+            .expect("terms")
+            .iter()
+            .map(|term| {
+                (term["matchExpressions"][0]["key"].as_str(), term["matchExpressions"][0]["values"][0].as_str())
+            })
+            .collect();
+        let wanted = [
+            ("kubernetes.azure.com/scalesetpriority", "spot"),
+            ("cloud.google.com/gke-spot", "true"),
+            ("eks.amazonaws.com/capacityType", "SPOT"),
+            ("karpenter.sh/capacity-type", "spot"),
+        ];
+        assert_eq!(labels, wanted.map(|(key, value)| (Some(key), Some(value))), "{name}");
+        // A node whose GPU does not answer is not paid for without end.
+        let all = documents.iter().map(Value::to_string).collect::<String>();
+        let endless = [
+            r#"{"action":"Ignore","onExitCodes":{"containerName":"trainer","operator":"In","values":[75,76]}}"#,
+            r#""onJobFailureMessagePatterns":[".*exit code (75|76) .*",".*DisruptionTarget.*"]"#,
+        ];
+        assert!(endless.iter().any(|rule| all.contains(rule)), "{name}: {all}");
+        let (limit, restarts) = (r#""backoffLimit":20"#, r#""maxRestarts":20"#);
+        assert!(all.contains(limit) || all.contains(restarts), "{name}");
+        // Whoever has an older one must not find out by an error.
+        let opening = text(name);
+        assert!(opening.contains("Kubernetes 1.31"), "{name} names no version");
     }
 }

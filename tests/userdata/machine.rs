@@ -73,7 +73,11 @@ login) read -r password; printf '%s' "$password" >"$here/password" ;;
 run) echo trains ;;
 esac"#,
     );
-    machine.does("nvidia-smi", r#"[ -e "$here/driver" ] || { touch "$here/driver"; exit 9; }"#);
+    machine.does(
+        "nvidia-smi",
+        r#"[ -e "$here/driver" ] || { touch "$here/driver"; exit 9; }
+        case $1 in --query-gpu=driver_version) echo 580.95.05 ;; esac"#,
+    );
     expect(&machine.unit(&cloud, "run", &[]), 0, &["trains"]);
     let calls = machine.calls();
     assert!(
@@ -98,6 +102,8 @@ esac"#,
         assert!(run.contains(part), "{part} is not in {run}");
     }
     assert!(run.ends_with(&format!("{IMAGE} boot --json")) && !run.contains("--restart"), "{run}");
+    // Without /dev/nvidia-uvm, which no sandbox lets CUDA create, a GPU is there and can't be used.
+    assert!(calls.contains("nvidia-modprobe -c0 -u"), "{calls}");
     let env = std::fs::read_to_string(machine.path("root/run/trainer/env")).expect("the container's variables");
     for line in [
         "TRAINER_SSM_PATH=/trainer/reports",
@@ -177,6 +183,11 @@ fn each_failure_says_what_to_do() {
         run("", &[], &[("AWS_EC2_METADATA_SERVICE_ENDPOINT", &nobody)], 69, &["gives no token", "hop limit of 2"]);
     assert_eq!(machine.calls().matches("sleep ").count(), 7, "eight tries, a pause between two of them");
     run("TRAINER_GPU=required\n", &[("nvidia-smi", "exit 9")], &[], 69, &["GPU driver does not answer"]);
+    for old in ["echo 570.195.03", "echo none", "exit 0"] {
+        let old = format!("case $1 in --query-gpu=driver_version) {old} ;; esac");
+        let parts = ["NVIDIA's driver is ", "CUDA 13 needs 580 or newer"];
+        run("TRAINER_GPU=required\n", &[("nvidia-smi", &old)], &[], 78, &parts);
+    }
     run("TRAINER_GPU=perhaps\n", &[], &[], 78, &["TRAINER_GPU is \"perhaps\""]);
     run("TRAINER_STOP_WINDOW=2m\n", &[], &[], 78, &["TRAINER_STOP_WINDOW is \"2m\"", "100s"]);
     run("", &[], &[], 78, &["there is no ", "set TRAINER_IMAGE or TRAINER_BUNDLE"]);
@@ -266,6 +277,33 @@ fn local_disks_are_made_and_mounted_once_and_never_over_something() {
     std::fs::create_dir_all(machine.path("root/mnt/trainer")).expect("a mount point");
     expect(&machine.unit(&cloud, "run", &[]), 0, &[]);
     assert!(!machine.calls().contains("blkid") && !machine.calls().contains("mount -o"), "{}", machine.calls());
+    // The Deep Learning AMI makes one disk of all of them, and mounts it some time after the boot.
+    let dlami = |mountpoint: &str, lsblk: &str| {
+        let machine = Machine::new("TRAINER_IMAGE=a/b\n");
+        machine.boot(&cloud);
+        machine.does("systemctl", "");
+        machine.does("mountpoint", mountpoint);
+        machine.does("lsblk", lsblk);
+        std::fs::create_dir_all(machine.path("root/opt/dlami/nvme")).expect("a folder");
+        let output = machine.unit(&cloud, "run", &[]);
+        expect(&output, 0, &[]);
+        let calls = machine.calls();
+        assert!(!calls.contains("mkfs") && !calls.contains("mount -o"), "over the AMI's own work: {calls}");
+        let own = machine.path("root/mnt/trainer");
+        (calls.contains(&format!("--volume {}:/scratch", own.display())), calls, said(&output))
+    };
+    let later = "echo x >>\"$here/looked\"; [ \"$(grep -c x \"$here/looked\")\" = 4 ]";
+    let (on_the_root_disk, calls, _) = dlami(later, disks);
+    assert!(!on_the_root_disk && calls.contains("/opt/dlami/nvme:/scratch"), "{calls}");
+    assert_eq!(calls.matches("sleep ").count(), 3, "{calls}");
+    // Its service fails; a type has no local disk, for which nobody waits.
+    let (on_the_root_disk, calls, said) = dlami("exit 1", disks);
+    assert!(on_the_root_disk && said.contains("scratch space is on the root disk"), "{calls}");
+    let (on_the_root_disk, calls, said) = dlami("exit 1", "");
+    assert!(on_the_root_disk && !calls.contains("sleep ") && !said.contains("warning"), "{calls}");
+    // The unit does not start before the AMI's.
+    let unit = std::fs::read_to_string(machine.path("root/etc/systemd/system/trainer.service")).expect("the unit");
+    assert!(unit.lines().any(|line| line.starts_with("After=") && line.contains(" dlami-nvme.service")), "{unit}");
 }
 
 #[test]

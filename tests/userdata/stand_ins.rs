@@ -48,7 +48,7 @@ const REAL: [&str; 30] = [
     "uname",
 ];
 /// Stand-ins: each records its name and arguments, stores its standard input, and obeys a file named after it.
-const STAND_INS: [&str; 13] = [
+const STAND_INS: [&str; 15] = [
     "blkid",
     "docker",
     "journalctl",
@@ -56,6 +56,8 @@ const STAND_INS: [&str; 13] = [
     "mkfs.ext4",
     "mount",
     "mountpoint",
+    "nvidia-ctk",
+    "nvidia-modprobe",
     "nvidia-smi",
     "scontrol",
     "shutdown",
@@ -63,6 +65,8 @@ const STAND_INS: [&str; 13] = [
     "systemctl",
     "timeout",
 ];
+/// A driver that knows CUDA 13.
+pub const DRIVER: &str = "case $1 in --query-gpu=driver_version) echo 580.95.05 ;; esac";
 pub const STAND_IN: &str = r#"#!/bin/sh
 name=${0##*/}
 here=${0%/*}/../stand-ins
@@ -147,15 +151,22 @@ fn answer(
             (200, "metadata-token")
         }
         "GET"
-            if !["X-aws-ec2-metadata-token: metadata-token", "Metadata-Flavor: Google", "Metadata:true"]
-                .iter()
-                .any(|line| head.contains(line)) =>
+            if ![
+                "X-aws-ec2-metadata-token: metadata-token",
+                "Metadata-Flavor: Google",
+                "Metadata:true",
+                "Authorization: Bearer metadata-token",
+            ]
+            .iter()
+            .any(|line| head.contains(line)) =>
         {
             (401, "")
         }
         // A deletion must ask twice.
         "DELETE" if asked.lock().expect("unpoisoned").iter().all(|(head, _)| !head.starts_with("DELETE ")) => (503, ""),
         "DELETE" => (200, ""),
+        "PUT" if head.contains("x-ms-blob-type: BlockBlob") => (201, ""),
+        "GET" if answers.get(&path).is_some_and(|text| text == "forbidden") => (403, ""),
         "GET" => answers.get(&path).map_or((404, ""), |text| (200, text.as_str())),
         "POST" => {
             let known =
@@ -189,8 +200,15 @@ impl Machine {
         for name in STAND_INS {
             machine.executable(&format!("bin/{name}"), STAND_IN);
         }
-        // Not mounted, no such label, no disk, in time: an ordinary machine.
-        for (name, does) in [("mountpoint", "exit 1"), ("blkid", "exit 2"), ("timeout", "shift; exec \"$@\"")] {
+        // Not mounted, no such label, no disk, in time, no Deep Learning AMI: an ordinary machine.
+        let cat = "[ \"$1\" != cat ]";
+        for (name, does) in [
+            ("mountpoint", "exit 1"),
+            ("blkid", "exit 2"),
+            ("systemctl", cat),
+            ("timeout", "shift; exec \"$@\""),
+            ("nvidia-smi", DRIVER),
+        ] {
             machine.does(name, does);
         }
         std::fs::write(machine.path("root/etc/trainer/machine.conf"), settings).expect("settings");

@@ -1,14 +1,23 @@
 #!/usr/bin/env bash
 # EC2 User Data: makes a fresh machine train, and keeps it training over every restart. No package is installed.
 #
-# The AMI has Docker and, for GPUs, NVIDIA's driver and container toolkit. A bundle instead of an image needs glibc 2.36
-# and curl 7.88. userdata/README.md lists the settings in /etc/trainer/machine.conf; none is secret.
+# The AMI has Docker and, for GPUs, NVIDIA's driver (580 or newer) and container toolkit. A bundle instead of an image
+# needs glibc 2.36 and curl 7.88. userdata/README.md lists the settings in /etc/trainer/machine.conf; none is secret.
+#
+# stack.yaml carries it compressed. For one machine of your own, put the settings in front and compress both, because
+# EC2 takes 16 KB; cloud-init unpacks it:
+#
+#   { printf '#!/usr/bin/env bash\nexport TRAINER_IMAGE=… TRAINER_STORE=s3://… TRAINER_RUN_ID=… TRAINER_CONFIG=s3://…\n'
+#     cat userdata/aws/user-data.sh; } | gzip -9 >/tmp/user-data.gz
+#   aws ec2 run-instances --launch-template LaunchTemplateId=lt-… --user-data fileb:///tmp/user-data.gz
+#
+# The template names type, network, role and spot; that of stack.yaml (its output SpotTemplate) has User Data already.
 #
 # Costs: the machine's price an hour x hours, its disk, what it logs.
 # Removal: terminate the machine.
 #
 # It installs itself (below TRAINER_ROOT, if set) as trainer-machine, and a unit that calls it. It is safe to run again,
-# and twice at once. Failures go to /var/log/trainer-boot.log, too. Tabs: EC2 takes 16 KB.
+# and twice at once. Failures go to /var/log/trainer-boot.log, too.
 set -Eeuo pipefail
 umask 022
 root=${TRAINER_ROOT:-}
@@ -22,6 +31,7 @@ image=${TRAINER_IMAGE:-}
 run=$root/run/trainer
 opt=$root/opt/trainer
 me=$root/usr/local/sbin/trainer-machine
+vars=$root/etc/trainer/env
 region=${AWS_REGION:-}
 token='' id=''
 
@@ -112,12 +122,24 @@ tell() {
 mount_scratch() {
 	local disk
 	scratch=$root/mnt/trainer
-	if [ -d "$root/opt/dlami/nvme" ]; then scratch=$root/opt/dlami/nvme; fi
-	if [ -d "$root/opt/dlami/nvme" ] || mountpoint -q "$scratch"; then return 0; fi
+	disk=$(lsblk -dnpo NAME,MODEL 2>/dev/null | awk '/Amazon EC2 NVMe Instance Storage/ {print $1; exit}' || true)
+	# The Deep Learning AMI makes one disk of all local ones, in the background. A file system made meanwhile on one of
+	# them would be lost, and files written to the folder before it is mounted would lie on the root disk.
+	if systemctl cat dlami-nvme.service >/dev/null 2>&1; then
+		if [ -n "$disk" ] && retry 9 mountpoint -q "$root/opt/dlami/nvme"; then
+			scratch=$root/opt/dlami/nvme
+		else
+			if [ -n "$disk" ]; then say "warning: dlami-nvme.service mounts no disk; scratch space is on the root disk"; fi
+			mkdir -p "$scratch"
+		fi
+		return 0
+	fi
+	if mountpoint -q "$scratch"; then return 0; fi
 	mkdir -p "$scratch"
+	local empty=$disk
 	disk=$(blkid -L trainer-scratch || true)
 	if [ -z "$disk" ]; then
-		disk=$(lsblk -dnpo NAME,MODEL 2>/dev/null | awk '/Amazon EC2 NVMe Instance Storage/ {print $1; exit}')
+		disk=$empty
 		# Never over existing files.
 		if [ -z "$disk" ] || [ -n "$(lsblk -no FSTYPE "$disk" | tr -d ' \n')" ]; then return 0; fi
 		mkfs.ext4 -q -L trainer-scratch "$disk" || return 0
@@ -133,8 +155,13 @@ has_gpu() {
 	esac
 }
 wait_for_gpu() {
+	local version
 	retry 12 nvidia-smi -L >/dev/null || die 69 "the GPU driver does not answer: nvidia-smi -L fails" \
 		"use an AMI with the driver in it; one that was installed since the machine booted needs a reboot"
+	version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+	[ "${version%%.*}" -ge 580 ] 2>/dev/null || die 78 "NVIDIA's driver is $version: CUDA 13 needs 580 or newer" "use a newer AMI"
+	# CUDA needs /dev/nvidia-uvm, which is missing on a fresh boot.
+	nvidia-modprobe -c0 -u >/dev/null 2>&1 || true
 	nvidia-smi -pm 1 >/dev/null || true
 }
 log_in() {
@@ -185,7 +212,7 @@ get_bundle() {
 # --- what the unit calls
 
 run() {
-	local command=(boot --json ${TRAINER_NODES:+--nodes "$TRAINER_NODES"}) stop gpus=() logs=()
+	local command=(boot --json ${TRAINER_NODES:+--nodes "$TRAINER_NODES"}) stop line gpus=() logs=() more=()
 	install -d -m 0700 "$run"
 	export DOCKER_CONFIG=$run/docker
 	know_machine
@@ -205,6 +232,8 @@ run() {
 	if [ -z "$image" ]; then
 		if [ -n "${TRAINER_BUNDLE:-}" ]; then get_bundle; fi
 		[ -x "$opt/trainer" ] || die 78 "there is no $opt/trainer" "set TRAINER_IMAGE or TRAINER_BUNDLE in /etc/trainer/machine.conf, or use an AMI that has it"
+		# The user's own variables.
+		if [ -r "$vars" ]; then while IFS= read -r line; do case $line in [A-Za-z_]*=*) export "${line?}" ;; esac; done <"$vars"; fi
 		say "starting $opt/trainer ${command[*]} on $id"
 		LD_LIBRARY_PATH=$opt/lib TMPDIR=$scratch exec "$opt/trainer" "${command[@]}"
 	fi
@@ -218,13 +247,16 @@ run() {
 		logs=(--log-driver awslogs --log-opt "awslogs-region=$region" --log-opt "awslogs-group=$TRAINER_LOG_GROUP"
 			--log-opt "awslogs-stream=$id" --log-opt mode=non-blocking --log-opt max-buffer-size=4m)
 	fi
+	# The user's own variables: proxies, HF_TOKEN, NCCL_*. Those above win. A configuration on this machine.
+	if [ -r "$vars" ]; then more+=(--env-file "$vars"); fi
+	case ${TRAINER_CONFIG:-} in /*) more+=(--volume "$TRAINER_CONFIG:$TRAINER_CONFIG:ro") ;; esac
 	if leaves; then logs+=(--env TRAINER_POWER_OFF=host); fi
 	if [ -e "$root/dev/infiniband" ]; then gpus+=(--device /dev/infiniband); fi
 	stop=$((${TRAINER_STOP_WINDOW%s} + 10))
 	say "starting $image ${command[*]} on $id"
 	# Host network for the metadata service and NCCL; host IPC and memory locks for NCCL and pinned snapshots.
 	exec docker run --rm --init --name trainer --network host --ipc host --ulimit memlock=-1 --stop-timeout "$stop" \
-		--env-file "$run/env" --env TMPDIR=/scratch --env XDG_CACHE_HOME=/scratch \
+		"${more[@]}" --env-file "$run/env" --env TMPDIR=/scratch --env XDG_CACHE_HOME=/scratch \
 		--volume "$scratch:/scratch" "${gpus[@]}" "${logs[@]}" "$image" "${command[@]}"
 }
 stop() { if [ -n "$image" ]; then docker stop --time "$((${TRAINER_STOP_WINDOW%s} + 10))" trainer >/dev/null || true; fi; }
@@ -240,11 +272,11 @@ leave() { leaving || [ -n "$(scaling TerminateInstanceInAutoScalingGroup "Should
 leaving() { [ "$(metadata autoscaling/target-lifecycle-state 2>/dev/null)" = Terminated ]; }
 # The metadata service has answered, and names no group.
 in_no_group() { [[ $(metadata autoscaling/target-lifecycle-state 2>&1) == *"error: 404"* ]]; }
-# Sends the last output to the topic.
+# Sends $NOTE and the last output to the topic.
 publish() {
 	if [ -z "${TRAINER_TOPIC:-}" ]; then return 0; fi
 	payload="Action=Publish&Version=2010-03-31&TopicArn=$TRAINER_TOPIC&Subject=trainer+needs+attention" retry 3 signed "$region" sns --max-time 10 \
-		--data-urlencode "Message=$id, log group ${TRAINER_LOG_GROUP:-none}: $(journalctl -u trainer -n 20 -q -o cat)" \
+		--data-urlencode "Message=$id, log group ${TRAINER_LOG_GROUP:-none}: ${NOTE:+$NOTE$'\n'}$(journalctl -u trainer -n 20 -q -o cat)" \
 		"${AWS_ENDPOINT_URL:-https://sns.$region.amazonaws.com}/" >/dev/null
 }
 # within SECONDS COMMAND…: systemd gives `after` 130 s in all.
@@ -267,11 +299,12 @@ give_up() {
 		fi
 		if [ -n "${TRAINER_QUEUE:-}" ] && [ -n "${TRAINER_GROUP:-}" ]; then
 			if within 20 hold; then
-				say "hint: jobs start no machine until you fix it and run: aws autoscaling resume-processes" \
-					"--auto-scaling-group-name $TRAINER_GROUP --scaling-processes AlarmNotification"
+				NOTE="jobs start no machine until you fix it and run: aws autoscaling resume-processes --auto-scaling-group-name $TRAINER_GROUP --scaling-processes AlarmNotification"
 			else
-				say "warning: waiting jobs may start machines forever: set the MaxSize of $TRAINER_GROUP to 0"
+				NOTE="waiting jobs may start machines forever: set the MaxSize of $TRAINER_GROUP to 0"
 			fi
+			export NOTE
+			say "warning: $NOTE"
 		fi
 		within 20 tell SendTaskFailure ',"error":"TrainerGaveUp","cause":"see the log"' || true
 	fi
@@ -333,7 +366,7 @@ UNIT
 [Unit]
 Description=trainer
 Wants=network-online.target
-After=network-online.target docker.service
+After=network-online.target docker.service dlami-nvme.service
 StartLimitIntervalSec=0
 [Service]
 ExecStart=$me run

@@ -24,8 +24,28 @@ ask() {
 }
 token() { ask instance/service-accounts/default/token | sed -n 's/.*"access_token" *: *"\([^"]*\)".*/\1/p'; }
 
+# Google's images have NVIDIA's driver, but neither Docker nor the toolkit that gives containers its devices.
+install_docker() {
+    local apt=(apt-get -qq -o DPkg::Lock::Timeout=300)
+    local key=$root/usr/share/keyrings/nvidia-container-toolkit.asc
+    local source=https://nvidia.github.io/libnvidia-container
+    export DEBIAN_FRONTEND=noninteractive
+    if ! command -v docker >/dev/null; then
+        say "installing Docker"
+        "${apt[@]}" update && "${apt[@]}" install -y --no-install-recommends docker.io || return 1
+    fi
+    if [ "$1" = 0 ] || command -v nvidia-ctk >/dev/null; then return 0; fi
+    say "installing NVIDIA's container toolkit"
+    mkdir -p "${key%/*}" "$root/etc/apt/sources.list.d"
+    curl -fsSL --retry 5 --max-time 60 -o "$key" "$source/gpgkey" || return 1
+    # apt itself replaces $(ARCH).
+    # shellcheck disable=SC2016
+    printf 'deb [signed-by=%s] %s/stable/deb/$(ARCH) /\n' "$key" "$source" >"$root/etc/apt/sources.list.d/nvidia.list"
+    "${apt[@]}" update && "${apt[@]}" install -y --no-install-recommends nvidia-container-toolkit &&
+        nvidia-ctk runtime configure --runtime=docker >/dev/null && systemctl restart docker
+}
 run() {
-    local image host gpus=() try name value
+    local image host gpus=() try name value version
     image=$(ask instance/attributes/trainer-image) ||
         die 69 "the metadata service does not answer, or names no trainer-image" \
             "give the instance the attribute trainer-image"
@@ -37,8 +57,15 @@ run() {
         done
         [ ${#gpus[@]} -gt 0 ] ||
             die 69 "the GPU driver does not answer: nvidia-smi -L fails" "use an image with the driver in it"
+        version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+        [ "${version%%.*}" -ge 580 ] 2>/dev/null ||
+            die 78 "NVIDIA's driver is $version: CUDA 13 needs 580 or newer" "set VM_IMAGE_FAMILY to a newer image"
+        # CUDA needs /dev/nvidia-uvm, which is missing on a fresh boot.
+        nvidia-modprobe -c0 -u >/dev/null 2>&1 || true
     fi
-    command -v docker >/dev/null || die 78 "Docker is not installed" "use an image with Docker in it"
+    install_docker ${#gpus[@]} ||
+        die 69 "Docker and NVIDIA's container toolkit can't be installed" \
+            "does the machine reach its package servers? else use an image that has both"
     host=${image%%/*}
     case $host in
     *.pkg.dev)
@@ -89,10 +116,23 @@ over() {
     echo "$((++count))" >"$file"
     [ "$count" -ge "$most" ]
 }
+# The machine, and its log with it, is gone a minute later.
+keep_log() {
+    local bucket run name
+    bucket=$(ask instance/attributes/trainer-bucket) && run=$(ask instance/attributes/trainer-run-id) &&
+        name=$(ask instance/name) && journalctl -u trainer -n 200 -q >"$root/run/trainer/log" || return 1
+    printf 'header = "Authorization: Bearer %s"\n' "$(token)" |
+        curl -fsS --max-time 20 -K - -H 'Content-Type: text/plain' --data-binary "@$root/run/trainer/log" \
+            "${TRAINER_STORAGE_API:-https://storage.googleapis.com}/upload/storage/v1/b/$bucket/o?uploadType=media&name=machine-logs/$run/$name.log" >/dev/null
+}
 # A machine without work takes itself out of its group, because the group would replace one that merely powers off.
 after() {
     local group self
     if ! over; then return 0; fi
+    if [ "${EXIT_CODE:-}:${EXIT_STATUS:-}" != exited:0 ]; then
+        say "giving up: ended with ${EXIT_CODE:-} ${EXIT_STATUS:-}, and a restart would not help"
+        keep_log || say "warning: the last lines are not in the bucket"
+    fi
     group=$(ask instance/attributes/created-by) || return 0
     self=$(ask instance/zone)/instances/$(ask instance/name)
     # The token goes in through standard input: every user can read arguments.
@@ -124,6 +164,9 @@ SuccessExitStatus=75
 KillMode=mixed
 # For leaving the group; docker stop ends the container.
 TimeoutStopSec=90
+# Cloud Logging keeps the console of a machine that is gone.
+StandardOutput=journal+console
+StandardError=journal+console
 [Install]
 WantedBy=multi-user.target
 UNIT

@@ -7,7 +7,7 @@
 //!
 //! Nothing is stored; the next generation of the same agent keeps this one's measurements.
 
-use crate::journal::Committed;
+use crate::{agent::pace::Pace, journal::Committed};
 
 /// The weight of a new value against all before it.
 const WEIGHT: f64 = 0.3;
@@ -117,6 +117,8 @@ pub struct Estimates {
     pub byte: Estimator,
     /// From the last byte to the `committed` record.
     pub commit: Estimator,
+    /// The steps of earlier generations.
+    pub pace: Pace,
 }
 
 impl Estimates {

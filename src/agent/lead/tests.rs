@@ -9,6 +9,7 @@ use crate::{
         generation::{Load, Source, Stopped},
         phase::Incoming,
         save::{gather::Fetched, slots::Slots, upload::SaveEvent},
+        stopping::Stopping,
         workers::{WorkerEvent, Workers},
     },
     checkpoint::{
@@ -85,6 +86,7 @@ impl Stage {
                 ranks: NodeRanks::alone(1),
                 journal: JournalWriter::start(journal),
             },
+            stopping: Stopping::of(&config(), None),
             measured: Measured::NOTHING,
             docket: Docket::default(),
             nearest: false,
@@ -198,9 +200,11 @@ async fn a_save_is_recorded_with_the_cost_that_was_told_last() {
 
 #[tokio::test]
 async fn only_a_run_that_was_stopped_gives_up_its_save() {
-    for (end, given_up) in
-        [(stopped(1, 0), true), (Err(failure()), false), (Ok(End::Completed { loss: Some(1.0) }), false)]
-    {
+    for (end, given_up) in [
+        (stopped(1, 0), true),
+        (Err(failure()), false),
+        (Ok(End::Completed { step: Step(1), loss: Some(1.0), early: None }), false),
+    ] {
         let mut stage = Stage::new().await;
         let journal = stage.plan.upload.journal.clone();
         let (mut lead, mut answers) = stage.begin();
@@ -218,7 +222,7 @@ async fn only_an_end_with_a_last_record_leaves_the_workers_to_it() {
     for (end, leaves) in [
         (stopped(1, 0), true),
         (stopped(1, 1), true),
-        (Ok(End::Completed { loss: Some(1.0) }), true),
+        (Ok(End::Completed { step: Step(1), loss: Some(1.0), early: None }), true),
         (Err(failure()), false),
     ] {
         let mut stage = Stage::new().await;
@@ -237,7 +241,7 @@ fn every_end_has_its_parting() {
     let (step, reason) = (Step(3), String::new());
     let parting = |gives_up_save, dismisses, leaves_rest| Parting { gives_up_save, dismisses, leaves_rest };
     for (end, expected) in [
-        (Ok(End::Completed { loss: Some(1.0) }), parting(false, true, true)),
+        (Ok(End::Completed { step: Step(1), loss: Some(1.0), early: None }), parting(false, true, true)),
         (stopped(3, 3), parting(true, true, true)),
         (stopped(3, 4), parting(true, true, true)),
         (stopped(3, 2), parting(true, false, true)),

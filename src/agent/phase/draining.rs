@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{Cause, Event, Flow, Phase, Salvage, Stage, Training, Turn};
-use crate::agent::{drain::timeline::Planned, workers::WorkerEvent};
+use crate::agent::{drain::timeline::Planned, effects::Effect, workers::WorkerEvent};
 
 /// Ranks that are to stop but have finished no step for this long, or for ten usual steps if that is longer, are
 /// killed.
@@ -42,6 +42,12 @@ impl Draining {
             Event::Retry { slot } => training.tries_again(slot, stage, turn)?,
             // Said before `Go`.
             Event::LaidOut { .. } | Event::Fetched(_) => {}
+            Event::HeldUp { after_s } => {
+                turn.does(Effect::GiveUpSave { after_s });
+                let verdict =
+                    format!("a node held up the save of the last step, which came no further for {after_s} s");
+                return Break(Ok(training.stopped(verdict, Some(planned))));
+            }
             Event::Lost(error) => return Break(Err(error)),
             Event::Tick => {
                 let actions = training.scheduler.tick(turn.now);

@@ -2,14 +2,13 @@
 
 use std::ops::ControlFlow::{Break, Continue};
 
-use super::{Cause, Event, Flow, Phase, Salvage, Settings, Training, Turn};
+use super::{Cause, Event, Flow, Phase, Salvage, Settings, Stage, Training, Turn};
 use crate::{
     agent::{
         effects::{Effect, Log, Order},
         generation::{End, Load, Source, Stopped},
         save::{
             gather::Fetched,
-            ledger::Ledger,
             scheduler::{Scheduler, Setup},
         },
         states::{self, Difference, Remedy, Roll},
@@ -90,7 +89,7 @@ impl Loading {
             }
             Event::Fetched(Err(error)) => return Break(Err(Error::from(error).context("restore"))),
             // Nothing has been captured.
-            Event::Save(_) | Event::Retry { .. } => {}
+            Event::Save(_) | Event::Retry { .. } | Event::HeldUp { .. } => {}
             Event::Lost(error) => return Break(Err(error)),
             Event::Tick => turn.looks_at_the_journal(),
         }
@@ -204,8 +203,10 @@ impl Loading {
         if is_checkpoint {
             turn.does(Effect::Nodes(Order::Received));
         }
+        turn.does(Effect::Busy(false));
         let settings = &turn.shared.settings;
         let outline = settings.outline;
+        let (world, least) = (WorldSize(outline.workers), settings.first_step);
         let setup = Setup {
             ranks: outline.workers,
             done,
@@ -216,13 +217,18 @@ impl Loading {
         };
         let mut scheduler = Scheduler::new(setup, settings.measured, now);
         let saves = scheduler.first_orders(now);
-        turn.does(Effect::Busy(false));
-        turn.tell_all(ToWorker::Go { saves });
-        let training = Training::begin(outline, scheduler, Ledger::begin(now), bytes, now);
-        Continue(match self.said {
-            None => Phase::Training(training),
-            Some(cause) => Phase::Salvaging(Salvage::new(training, None, cause)),
-        })
+        let measure = settings.stopping.measures_first();
+        let mut training = Training::begin(settings, scheduler, bytes, now);
+        let first_s = turn.shared.estimates.pace.begins(world, least).as_secs();
+        turn.tell_all(ToWorker::Go { saves, first_s, measure });
+        if let Some(cause) = self.said {
+            return Continue(Phase::Salvaging(Salvage::new(training, None, cause)));
+        }
+        if !measure {
+            let actions = training.judge(done, None, turn);
+            training.act(actions, Stage::Training, turn)?;
+        }
+        Continue(Phase::Training(training))
     }
 }
 

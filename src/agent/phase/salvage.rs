@@ -72,7 +72,9 @@ impl Salvage {
             // The snapshot is taken up with everything else that is left.
             Event::Worker(WorkerEvent::Exited(..)) | Event::Retry { .. } => {}
             // Said before `Go`.
-            Event::LaidOut { .. } | Event::Fetched(_) => return Continue(Phase::Salvaging(self)),
+            Event::LaidOut { .. } | Event::Fetched(_) | Event::HeldUp { .. } => {
+                return Continue(Phase::Salvaging(self));
+            }
             Event::Lost(error) => return Break(Err(error)),
             Event::Tick => {
                 if planned.is_none() {

@@ -1,12 +1,13 @@
 //! States built by hand, the time moved by adding to it: no process, no store, no runtime.
 //!
 //! The table in the header of `phase.rs` is compared with what happens ([`table`]); all pairs of misfortunes stand in
-//! [`pairs`]; ranks whose states differ in [`differ`]; how long a lost group goes on saving in [`mod@salvage`]; what
-//! needs more than two events has a test of its own.
+//! [`pairs`]; ranks whose states differ in [`differ`]; how long a lost group goes on saving in [`mod@salvage`]; runs
+//! that stop early in [`stops`]; what needs more than two events has a test of its own.
 
 mod differ;
 mod pairs;
 mod salvage;
+mod stops;
 mod table;
 
 use super::*;
@@ -16,7 +17,6 @@ use crate::{
         effects::{Effect, Log, Order},
         generation::{Source, Stopped},
         save::{
-            ledger::Ledger,
             scheduler::{Scheduler, Setup},
             upload::Saved,
         },
@@ -26,7 +26,7 @@ use crate::{
     ids::{Fingerprint, NodeId, NodeRanks, WorldSize},
     journal::{Committed, DrainPlan, JournalError, Metrics, SaveCost},
     notice::Confidence,
-    protocol::{FromWorker, StepReport},
+    protocol::{FromWorker, HeldOutSum, StepReport},
     storage::{Adrift, Priority, StorageError},
 };
 use std::time::Duration;
@@ -110,11 +110,13 @@ fn settings(load: Load) -> Settings {
         generation: Generation(3),
         config,
         load,
+        stopping: Stopping::of(&crate::checkpoint::testing::config(), None),
         measured: Measured::NOTHING,
         store_host,
         seats: Seats::new(node("leader"), ranks(0), &[(node("member"), ranks(1))]),
         doubted: false,
         finishing: crate::agent::finish::FINISHING,
+        first_step: crate::agent::pace::LEAST,
     }
 }
 
@@ -152,7 +154,11 @@ fn fetching() -> Rig {
 
 /// Both ranks have finished step 12, one a second. Step 10 is being uploaded; step 20 is to be captured.
 fn training() -> Rig {
-    let settings = settings(Load::Nothing);
+    training_of(settings(Load::Nothing))
+}
+
+/// The same of a run with these settings.
+fn training_of(settings: Settings) -> Rig {
     let setup = Setup {
         ranks: 2,
         done: Step(0),
@@ -163,7 +169,7 @@ fn training() -> Rig {
     };
     let mut scheduler = Scheduler::new(setup, Measured::NOTHING, Moment::ZERO);
     assert_eq!(scheduler.first_orders(Moment::ZERO).len(), 2);
-    let training = Training::begin(OUTLINE, scheduler, Ledger::begin(Moment::ZERO), BYTES, Moment::ZERO);
+    let training = Training::begin(&settings, scheduler, BYTES, Moment::ZERO);
     let shared = Shared { settings, estimates: estimates(), looked: Moment::ZERO, noted: 0, differed: None };
     let machine = StateMachine { shared, phase: Phase::Training(training) };
     let mut rig = Rig { machine, now: Moment::ZERO, ticket: 0 };
@@ -249,6 +255,12 @@ fn captured_other(rank: Rank, step: u64, slot: u8) -> Event {
     said(rank, FromWorker::Captured { step: Step(step), slot, copy_s: 0.5, fingerprint })
 }
 
+/// One rank's share of the measurement of a state: two targets of this loss.
+fn validated(rank: Rank, step: u64, loss: f64) -> Event {
+    let sum = HeldOutSum { loss: 2.0 * loss, targets: 2, ..HeldOutSum::of("") };
+    said(rank, FromWorker::Validated { step: Step(step), sums: vec![sum] })
+}
+
 fn stopped(rank: Rank, step: u64) -> Event {
     said(rank, FromWorker::Stopped { step: Step(step) })
 }
@@ -292,7 +304,9 @@ fn words(effect: &Effect) -> String {
             ToWorker::Freeze { .. } => "freeze".into(),
             ToWorker::Thaw { stop_after: None, .. } => "thaw".into(),
             ToWorker::Thaw { stop_after: Some(step), .. } => format!("thaw until {step}"),
-            ToWorker::Go { .. } => "go".into(),
+            ToWorker::Go { measure: false, .. } => "go".into(),
+            ToWorker::Go { measure: true, .. } => "measure and go".into(),
+            ToWorker::Proceed { step } => format!("proceed from {step}"),
             ToWorker::Restore { .. } => "restore".into(),
             ToWorker::Peers { .. } => "peers".into(),
             other => panic!("{other:?}"),
@@ -328,7 +342,8 @@ fn list(effects: &Effects) -> String {
 /// How it has ended, in a few words.
 fn ended(effects: &Effects) -> Option<String> {
     Some(match effects.end()? {
-        Ok(End::Completed { loss }) => format!("completed with {}", loss.unwrap_or(f64::NAN)),
+        Ok(End::Completed { loss, early: None, .. }) => format!("completed with {}", loss.unwrap_or(f64::NAN)),
+        Ok(End::Completed { step, early: Some(why), .. }) => format!("stopped early after {step}: {why}"),
         Ok(End::Stopped(Stopped { verdict, .. })) => format!("stopped: {verdict}"),
         Ok(End::Died { step, reason }) => format!("died after {step}: {reason}"),
         Ok(End::Damaged { object, .. }) => format!("damaged: {object}"),
@@ -431,6 +446,21 @@ fn a_loss_that_is_not_a_number_ends_the_run_after_what_was_good_is_committed() {
     assert_eq!(list(&effects), "kill", "nothing is told of step 13");
     let effects = rig.feed(saved(10, 0));
     assert!(matches!(effects.end(), Some(Ok(End::Diverged { step: Step(13), .. }))), "{effects:?}");
+}
+
+/// All ranks captured the step whose numbers are wrong, while an earlier upload was under way.
+#[test]
+fn the_state_of_a_step_that_is_not_a_number_is_never_committed() {
+    let mut rig = training();
+    rig.feed_all((13..20).flat_map(|step| RANKS.map(|rank| finished(rank, step))));
+    rig.feed_all([finished(Rank(0), 20), captured(Rank(0), 20, 1)]);
+    let effects = rig.feed(report(Rank(1), 20, f64::NAN));
+    assert_eq!(list(&effects), "kill");
+    // Sent before the worker was killed.
+    let _ = rig.feed(captured(Rank(1), 20, 1));
+    let effects = rig.feed(saved(10, 0));
+    assert!(!list(&effects).contains("upload"), "{effects:?}");
+    assert_eq!(ended(&effects).unwrap(), "diverged at 20");
 }
 
 #[test]

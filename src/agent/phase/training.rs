@@ -25,6 +25,7 @@ use crate::{
             upload::{SaveEvent, Saved},
         },
         states::{Difference, Roll},
+        stopping::{Outlook, Stopping},
         workers::WorkerEvent,
     },
     checkpoint::CheckpointError,
@@ -35,7 +36,7 @@ use crate::{
     protocol::{FromWorker, StepReport, ToWorker},
     report,
     storage::{Adrift, StorageError},
-    workload::{Diverged, Outline, Progress, Reports},
+    workload::{Diverged, Measured, Progress, Reports},
 };
 
 /// Consecutive failed saves, of the last state that can be saved, after which it is given up. Each includes the store's
@@ -51,6 +52,8 @@ pub struct Training {
     pub(super) ledger: Ledger,
     /// Reports of steps that not every rank has finished.
     reports: Reports,
+    /// Whether the run stops early.
+    stopping: Stopping,
     /// When the newest step was finished, or the generation began.
     pub(super) stepped: Moment,
     standstill: Quiet,
@@ -75,11 +78,12 @@ struct Quiet {
 
 impl Training {
     /// Every rank has loaded, and is told to go.
-    pub(super) fn begin(outline: Outline, scheduler: Scheduler, ledger: Ledger, bytes: u64, now: Moment) -> Self {
+    pub(super) fn begin(settings: &Settings, scheduler: Scheduler, bytes: u64, now: Moment) -> Self {
         Self {
             scheduler,
-            ledger,
-            reports: Reports::new(outline),
+            ledger: Ledger::begin(now),
+            reports: Reports::new(settings.outline),
+            stopping: settings.stopping,
             stepped: Moment::ZERO,
             standstill: Quiet { since: now, told: 0 },
             timeline: Timeline::default(),
@@ -113,8 +117,8 @@ impl Training {
             }
             Event::Save(event) => self.on_save(event, stage, turn)?,
             Event::Retry { slot } => self.tries_again(slot, stage, turn)?,
-            // Said before `Go`.
-            Event::LaidOut { .. } | Event::Fetched(_) => {}
+            // Said before `Go`, or of a drain.
+            Event::LaidOut { .. } | Event::Fetched(_) | Event::HeldUp { .. } => {}
             Event::Lost(error) => return Break(Err(error)),
             Event::Tick => {
                 turn.looks_at_the_journal();
@@ -214,9 +218,10 @@ impl Training {
     fn finish(&mut self, step: Step, stage: Stage<'_>, turn: &Turn<'_>) -> Result<End> {
         let last = turn.shared.settings.outline.last;
         let committed = self.scheduler.committed();
-        if step == last && committed >= last {
+        let early = self.stopping.stops_after(step);
+        if (step == last || early.is_some()) && committed >= step {
             // A run that was complete when it was loaded makes no step in this generation.
-            return Ok(End::Completed { loss: self.ledger.loss(last) });
+            return Ok(End::Completed { step, loss: self.ledger.loss(step), early });
         }
         let planned = stage.planned();
         if committed >= step {
@@ -278,9 +283,12 @@ impl Training {
                 }
                 return Continue(None);
             }
-            FromWorker::Validated { step, loss_sum, targets } => {
-                self.on_validated(step, loss_sum, targets, turn);
-                return Continue(None);
+            FromWorker::Validated { step, sums } => {
+                self.standstill = Quiet { since: now, told: 0 };
+                match self.reports.validated(step, sums) {
+                    Some(measured) => self.on_measured(&measured, turn),
+                    None => return Continue(None),
+                }
             }
             FromWorker::Failed { message, hint, permanent } => {
                 return Continue(Some(Cause::said(rank, &message, hint, permanent)));
@@ -311,13 +319,17 @@ impl Training {
             None => return Continue(None),
             Some(Ok(progress)) => progress,
             // Snapshots captured before are good: they are committed first.
-            Some(Err(Diverged { step, reason })) => return Continue(Some(Cause::Diverged { step, reason })),
+            Some(Err(Diverged { step, reason })) => {
+                self.scheduler.condemn(step);
+                return Continue(Some(Cause::Diverged { step, reason }));
+            }
         };
         let Progress { step, step_s, .. } = progress;
         self.ledger.finished(step, progress.figures());
         self.stepped = now;
         self.standstill = Quiet { since: now, told: 0 };
         turn.shared.estimates.step.push(step_s);
+        turn.shared.estimates.pace.step(step_s);
         let actions = self.scheduler.step_finished(step, step_s, now);
         let lag_steps = step.get() - self.scheduler.committed().get();
         turn.reports(progress.event(lag_steps, self.ledger.lag(now).as_secs_f64()));
@@ -325,12 +337,29 @@ impl Training {
         Continue(None)
     }
 
-    fn on_validated(&mut self, step: Step, loss_sum: f64, targets: u64, turn: &mut Turn<'_>) {
-        self.standstill = Quiet { since: turn.now, told: 0 };
-        if let Some(loss) = self.reports.validated(step, loss_sum, targets) {
-            self.ledger.validated(step, loss);
-            turn.reports(report::Event::Validation { step, loss });
+    /// Every rank has measured its share of a state.
+    fn on_measured(&mut self, measured: &Measured, turn: &mut Turn<'_>) -> Vec<Action> {
+        if let Some(loss) = measured.loss {
+            self.ledger.validated(measured.step, loss);
+            self.ledger.measured(measured.step, measured.figures());
         }
+        if let Some(event) = measured.event() {
+            turn.reports(event);
+        }
+        self.judge(measured.step, measured.loss, turn)
+    }
+
+    /// Whether the run goes on after the state of `step`, at which every rank waits, if the run may stop early. If it
+    /// does not, they are asked where they are, which is there, and end there: as at any other end.
+    pub(super) fn judge(&mut self, step: Step, loss: Option<f64>, turn: &mut Turn<'_>) -> Vec<Action> {
+        let verdict = self.stopping.judge(step, loss);
+        self.ledger.stands(step, self.stopping.figures());
+        match verdict {
+            Outlook::Free => {}
+            Outlook::Proceed => turn.tell_all(ToWorker::Proceed { step }),
+            Outlook::Stop => return self.scheduler.stop_here(turn.now),
+        }
+        Vec::new()
     }
 
     /// An upload has progressed, or has ended.

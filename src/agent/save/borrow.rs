@@ -2,12 +2,13 @@
 //!
 //! The nodes that lived through the last generations ([`Neighbours`]) are asked side by side what they lend
 //! ([`Neighbours::ask`]). Each file that is lacking is then read from the one that has least to give so far
-//! ([`share`]), one file after the other from each node, side by side over the nodes.
+//! ([`share`]), one file after the other from each node, side by side over the nodes. A file that one node could not
+//! give is asked of one more that has it, when all have given what they were asked for: memory is nearer than the store.
 //!
 //! # Invariant
 //! No node is trusted: a file counts as there when the checksum that was computed over the bytes as they were written
 //! to their place is the one of its manifest. Whatever else happens, a refusal, silence, other bytes, the file is left
-//! to the store, and the log names the node.
+//! to another node, once, and then to the store, and the log names the node.
 //!
 //! *Crash, cancel:* connections end. *Retry:* none: the store has everything.
 
@@ -97,7 +98,7 @@ fn share(files: &[(&str, u64)], lenders: &[&HashSet<String>]) -> Vec<Option<usiz
 
 /// What comes from where.
 pub struct Shares<B> {
-    /// What each lender gives.
+    /// What each lender gives; perhaps nothing.
     pub of: Vec<(Lender, Vec<Lacking<B>>)>,
     /// What nobody lends.
     pub left: Vec<Lacking<B>>,
@@ -128,25 +129,56 @@ pub fn divide<B>(lenders: Vec<Lender>, lacking: Vec<Lacking<B>>) -> Shares<B> {
             _ => left.push(it),
         }
     }
-    let with_files = |(at, lender)| Some((lender, of.remove(&at)?));
-    Shares { of: lenders.into_iter().enumerate().filter_map(with_files).collect(), left }
+    let with_files = |(at, lender)| (lender, of.remove(&at).unwrap_or_default());
+    Shares { of: lenders.into_iter().enumerate().map(with_files).collect(), left }
 }
 
-/// Reads from the lenders what they have.
+impl<B> Borrowed<B> {
+    const fn nothing() -> Self {
+        Self { files: 0, bytes: 0, left: Vec::new() }
+    }
+
+    fn add(&mut self, more: Self) {
+        self.files += more.files;
+        self.bytes += more.bytes;
+        self.left.extend(more.left);
+    }
+}
+
+/// Reads from the lenders what they have; what one of them could not give, from another one.
 pub async fn read<B: AsMut<[u8]> + Send>(shares: Vec<(Lender, Vec<Lacking<B>>)>) -> Borrowed<B> {
-    let all = futures::future::join_all(shares.into_iter().map(|(lender, files)| from(lender, files))).await;
-    let mut borrowed = Borrowed { files: 0, bytes: 0, left: Vec::new() };
-    for one in all {
-        borrowed.files += one.files;
-        borrowed.bytes += one.bytes;
-        borrowed.left.extend(one.left);
+    let mut borrowed = Borrowed::nothing();
+    let mut refused = Vec::new();
+    let mut lenders = Vec::new();
+    for (mut one, lender) in all_from(shares).await {
+        let by = lender.as_ref().map(|lender| lender.node.clone());
+        refused.extend(one.left.drain(..).map(|it| (it, by.clone())));
+        borrowed.add(one);
+        lenders.extend(lender);
+    }
+    let mut again: Vec<(Lender, Vec<Lacking<B>>)> = lenders.into_iter().map(|lender| (lender, Vec::new())).collect();
+    for (it, by) in refused {
+        let has = |lender: &Lender| Some(&lender.node) != by.as_ref() && lender.names.contains(&it.file.name);
+        let others = again.iter_mut().filter(|(lender, _)| has(lender));
+        match others.min_by_key(|(_, files)| files.iter().map(|it| it.file.bytes).sum::<u64>()) {
+            Some((_, files)) => files.push(it),
+            None => borrowed.left.push(it),
+        }
+    }
+    for (one, _) in all_from(again).await {
+        borrowed.add(one);
     }
     borrowed
 }
 
-/// Reads these files from one node.
-async fn from<B: AsMut<[u8]> + Send>(mut lender: Lender, files: Vec<Lacking<B>>) -> Borrowed<B> {
-    let mut borrowed = Borrowed { files: 0, bytes: 0, left: Vec::new() };
+/// Reads from all of them side by side.
+async fn all_from<B: AsMut<[u8]> + Send>(shares: Vec<(Lender, Vec<Lacking<B>>)>) -> Vec<(Borrowed<B>, Option<Lender>)> {
+    futures::future::join_all(shares.into_iter().map(|(lender, files)| from(lender, files))).await
+}
+
+/// Reads these files from one node. The node comes back unless its connection can't be used any more.
+async fn from<B: AsMut<[u8]> + Send>(mut lender: Lender, files: Vec<Lacking<B>>) -> (Borrowed<B>, Option<Lender>) {
+    let mut borrowed = Borrowed::nothing();
     let mut files = files.into_iter();
     while let Some(mut it) = files.next() {
         let read = whole(&mut lender.reader, &mut it).await;
@@ -169,11 +201,11 @@ async fn from<B: AsMut<[u8]> + Send>(mut lender: Lender, files: Vec<Lacking<B>>)
                 tracing::warn!(%node, file, %reason, "a node has stopped lending files of the checkpoint");
                 borrowed.left.push(it);
                 borrowed.left.extend(files);
-                return borrowed;
+                return (borrowed, None);
             }
         }
     }
-    borrowed
+    (borrowed, Some(lender))
 }
 
 /// Reads all pieces of a file, in its order, and returns its checksum.

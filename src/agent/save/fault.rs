@@ -54,7 +54,7 @@ pub enum Consequence {
 impl Group {
     /// Whose fault it is that a save is not a checkpoint; nobody's if no part ended well. If all parts did, the leader
     /// could not write the manifest or the record.
-    fn at_fault(&self, standing: &Standing) -> BTreeSet<NodeId> {
+    pub fn at_fault(&self, standing: &Standing) -> BTreeSet<NodeId> {
         let found: BTreeSet<NodeId> = standing.missing.union(&standing.failed).cloned().collect();
         match found.len() {
             0 => BTreeSet::from([self.leader.clone()]),
@@ -63,7 +63,8 @@ impl Group {
         }
     }
 
-    fn without(&self, found: BTreeSet<NodeId>) -> Consequence {
+    /// What follows if the group goes on without these.
+    pub fn without(&self, found: BTreeSet<NodeId>) -> Consequence {
         let left = self.members.difference(&found).count();
         if found.is_empty() {
             Consequence::GoOn
@@ -128,7 +129,7 @@ impl Tally {
 pub enum Reason {
     /// So many in a row failed.
     Failed(u32),
-    /// It did not end in this many seconds, while the generation waited for it.
+    /// It did not end, or come further, in this many seconds, while the generation waited for it.
     Unfinished(u64),
 }
 
@@ -137,7 +138,7 @@ impl fmt::Display for Reason {
         match self {
             Self::Failed(times) => write!(f, "its saves failed {times} times in a row, and others' did not"),
             Self::Unfinished(seconds) => {
-                write!(f, "its save did not end in {seconds} s after the workers had, and others' did")
+                write!(f, "its save did not end in {seconds} s, and others' did")
             }
         }
     }

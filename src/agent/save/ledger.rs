@@ -10,7 +10,7 @@ use super::{super::drain::estimate::Estimates, scheduler::Moment};
 use crate::{
     error::{Error, Kind, Result},
     ids::Step,
-    journal::{Committed, SaveCost},
+    journal::{Committed, Metrics, SaveCost},
     report::human,
     storage::Priority,
     workload::Figures,
@@ -33,7 +33,38 @@ struct Entry {
     figures: Option<Figures>,
     /// `None`: this state was not measured, or not every rank has reported its part.
     validation_loss: Option<f64>,
+    /// The held-out losses of its sources, and how early stopping stands.
+    held_out: Metrics,
     cost: SaveCost,
+}
+
+/// Figures that follow from measured states.
+#[derive(Debug, Default)]
+struct HeldOut {
+    /// Of the very state.
+    of: BTreeMap<Step, Metrics>,
+    /// From that state on.
+    since: BTreeMap<Step, Metrics>,
+}
+
+impl HeldOut {
+    /// What the checkpoint of `step` is recorded with.
+    fn figures(&self, step: Step) -> Metrics {
+        let since = self.since.range(..=step).next_back().map(|(_, figures)| figures);
+        since.into_iter().chain(self.of.get(&step)).flatten().map(|(name, value)| (name.clone(), *value)).collect()
+    }
+
+    /// Something is known of `step`: a rank may have captured it before.
+    fn keeps(&mut self, step: Step, kept: &mut BTreeMap<Step, Entry>) {
+        for figures in [&mut self.of, &mut self.since] {
+            while figures.len() as u64 > REMEMBERED {
+                figures.pop_first();
+            }
+        }
+        if let Some(kept) = kept.get_mut(&step) {
+            kept.held_out = self.figures(step);
+        }
+    }
 }
 
 /// A snapshot on its way to the store.
@@ -53,6 +84,8 @@ pub struct Ledger {
     figures: BTreeMap<Step, Figures>,
     /// Validation losses, by the step whose state was measured. An upload may begin long after later measurements.
     validated: BTreeMap<Step, f64>,
+    /// What else is known of measured states, and of those after them.
+    held_out: HeldOut,
     /// At most one at a time.
     under_way: Option<UnderWay>,
     /// The newest commit, or the beginning.
@@ -106,6 +139,7 @@ impl Ledger {
             kept: BTreeMap::new(),
             figures: BTreeMap::new(),
             validated: BTreeMap::new(),
+            held_out: HeldOut::default(),
             under_way: None,
             committed_at: now,
             newest: None,
@@ -158,12 +192,25 @@ impl Ledger {
         self.validated.retain(|&s, _| s.get() + REMEMBERED > step.get());
     }
 
+    /// What else was measured of the state of `step`.
+    pub fn measured(&mut self, step: Step, figures: Metrics) {
+        self.held_out.of.insert(step, figures);
+        self.held_out.keeps(step, &mut self.kept);
+    }
+
+    /// How early stopping stands from the state of `step` on.
+    pub fn stands(&mut self, step: Step, figures: Metrics) {
+        self.held_out.since.insert(step, figures);
+        self.held_out.keeps(step, &mut self.kept);
+    }
+
     fn keep(&mut self, step: Step, now: Moment) -> &mut Entry {
-        let (figures, validated) = (&self.figures, &self.validated);
+        let (figures, validated, held_out) = (&self.figures, &self.validated, &self.held_out);
         self.kept.entry(step).or_insert_with(|| Entry {
             taken: now,
             figures: figures.get(&step).cloned(),
             validation_loss: validated.get(&step).copied(),
+            held_out: held_out.figures(step),
             cost: SaveCost::default(),
         })
     }
@@ -193,8 +240,11 @@ impl Ledger {
     pub fn upload(&mut self, step: Step, slot: u8, urgent: bool, total: u64, now: Moment) -> Result<Transfer> {
         let kept = self.keep(step, now);
         // A measurement of another state does not apply to this one.
-        let (taken, cost, figures, validation_loss) =
+        let (taken, cost, mut figures, validation_loss) =
             (kept.taken, kept.cost, kept.figures.clone(), kept.validation_loss);
+        if let Some(figures) = &mut figures {
+            figures.metrics.extend(kept.held_out.clone());
+        }
         // Every rank has captured the step, so every rank has reported it.
         let figures =
             figures.ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;

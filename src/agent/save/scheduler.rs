@@ -13,7 +13,7 @@
 //!   restarted from that checkpoint.
 //! - The last step is always saved. A drain saves the step that it stops at; a snapshot that waits for its upload then
 //!   gives up its slot, since the newer one makes it worthless. The upload in flight is finished: it may be all that is
-//!   left.
+//!   left. A run that stops by itself has the time to save both.
 //! - A drain without time to save the last state only stops the loop; earlier snapshots are still uploaded, and tried
 //!   again when that fails.
 //! - With several ranks every 16th save of a generation compares their states (`super::super::states`).
@@ -139,6 +139,8 @@ pub struct Scheduler {
     /// The step after which the loop ends.
     end: Step,
     draining: bool,
+    /// It stops for a reason of its own: there is the time to save what waits.
+    unhurried: bool,
     /// The drain's step has been agreed.
     end_decided: bool,
     stopped: u32,
@@ -177,6 +179,7 @@ impl Scheduler {
             finished: setup.done,
             end: setup.last,
             draining: false,
+            unhurried: false,
             end_decided: false,
             stopped: 0,
             committed: setup.done,
@@ -263,16 +266,21 @@ impl Scheduler {
         if self.draining {
             self.end = self.end.min(largest);
             self.end_decided = true;
-            let (end, kept) = (self.end, self.unsaved);
-            for slot in &mut self.slots {
-                // The end's state is newer, and needs the room.
-                if matches!(slot, SlotState::Full { step } if *step < end && !kept) {
-                    *slot = SlotState::Free;
-                }
-            }
+            self.give_up_older();
         }
         self.give_orders(largest, now);
         vec![Action::Thaw { saves: self.orders(), stop_after: self.end_decided.then_some(self.end) }]
+    }
+
+    /// The end's state is newer than snapshots that wait, and needs their room; unless it is not saved, or there is the
+    /// time to save all of them.
+    fn give_up_older(&mut self) {
+        let (end, kept) = (self.end, self.unsaved || self.unhurried);
+        for slot in &mut self.slots {
+            if matches!(slot, SlotState::Full { step } if *step < end && !kept) {
+                *slot = SlotState::Free;
+            }
+        }
     }
 
     /// One rank has captured `step` into `slot`.
@@ -284,12 +292,22 @@ impl Scheduler {
             let missing = missing.saturating_sub(1);
             *state = match missing {
                 // The end's state is newer, and needs the room.
-                0 if self.end_decided && step < self.end && !self.unsaved => SlotState::Free,
+                0 if self.end_decided && step < self.end && !self.unsaved && !self.unhurried => SlotState::Free,
                 0 => SlotState::Full { step },
                 missing => SlotState::Ordered { step, missing, mode, compare },
             };
         }
         self.consider(now)
+    }
+
+    /// What `step` has computed is no state to go on from: neither its snapshot nor a later one is uploaded, even if all
+    /// ranks say later that they have captured it.
+    pub fn condemn(&mut self, step: Step) {
+        for slot in &mut self.slots {
+            if matches!(*slot, SlotState::Ordered { step: of, .. } | SlotState::Full { step: of } if of >= step) {
+                *slot = SlotState::Free;
+            }
+        }
     }
 
     /// The upload of `slot` has ended; `committed`: its record stands. Otherwise the snapshot is still there, and is
@@ -321,8 +339,19 @@ impl Scheduler {
         self.consider(now)
     }
 
+    /// Stop as soon as possible, and save that step behind whatever is to be saved by then: nobody goes away, and an
+    /// earlier state may be the one that is wanted.
+    pub fn stop_here(&mut self, now: Moment) -> Vec<Action> {
+        self.unhurried |= !self.draining;
+        self.draining = true;
+        self.consider(now)
+    }
+
     /// Save and stop as soon as possible.
     pub fn drain(&mut self, now: Moment) -> Vec<Action> {
+        if std::mem::take(&mut self.unhurried) && self.end_decided {
+            self.give_up_older();
+        }
         self.draining = true;
         self.consider(now)
     }
@@ -375,7 +404,7 @@ impl Scheduler {
             };
         }
         // With the workers there is nobody left to ask.
-        (self.unsaved, self.given_up) = (true, true);
+        (self.unsaved, self.given_up, self.unhurried) = (true, true, false);
         self.asked = Asked::Gone;
         self.next_upload().into_iter().collect()
     }
@@ -512,14 +541,13 @@ impl Scheduler {
         if self.slots.iter().any(|slot| matches!(slot, SlotState::Uploading { .. })) {
             return None;
         }
-        let (step, slot) = (0..2_u8)
-            .filter_map(|slot| match self.slots[usize::from(slot)] {
-                SlotState::Full { step } => Some((step, slot)),
-                _ => None,
-            })
-            .max()?;
+        let waiting = (0..2_u8).filter_map(|slot| match self.slots[usize::from(slot)] {
+            SlotState::Full { step } => Some((step, slot)),
+            _ => None,
+        });
+        let (step, slot) = if self.unhurried { waiting.min()? } else { waiting.max()? };
         for state in &mut self.slots {
-            if matches!(state, SlotState::Full { .. }) {
+            if matches!(state, SlotState::Full { .. }) && !self.unhurried {
                 *state = SlotState::Free;
             }
         }
@@ -650,6 +678,35 @@ mod tests {
         );
         assert!(capture(&mut c, 1, 25, at(4)).is_empty(), "one upload at a time");
         assert_eq!(c.uploaded(0, true, at(5)), [Action::Upload { step: Step(25), slot: 1 }]);
+    }
+
+    #[test]
+    fn a_run_that_stops_by_itself_saves_what_waits_and_then_its_end() {
+        let stops = || {
+            let mut c = scheduler(Cadence::Steps(10), 0, 1000);
+            c.first_orders(at(0));
+            capture(&mut c, 0, 10, at(1));
+            capture(&mut c, 1, 20, at(2));
+            let actions = c.stop_here(at(3));
+            let end = Action::Thaw { saves: vec![], stop_after: Some(Step(25)) };
+            assert_eq!(answer(&mut c, &actions, [25, 25], at(3)), [end]);
+            c.rank_stopped(Step(25), at(4));
+            c.rank_stopped(Step(25), at(4));
+            c
+        };
+        let mut c = stops();
+        let actions = c.uploaded(0, true, at(5));
+        assert_eq!(actions[0], Action::Upload { step: Step(20), slot: 1 });
+        let orders = Action::Thaw { saves: vec![order(25, 0)], stop_after: Some(Step(25)) };
+        assert_eq!(answer(&mut c, &actions, [25, 25], at(5)), [orders]);
+        assert!(capture(&mut c, 0, 25, at(6)).is_empty(), "one upload at a time");
+        assert_eq!(c.uploaded(1, true, at(7)), [Action::Upload { step: Step(25), slot: 0 }]);
+        assert_eq!(c.uploaded(0, true, at(8)), [Action::Finished { step: Step(25) }]);
+        // When the machine goes away meanwhile, the end comes first.
+        let mut c = stops();
+        let actions = c.drain(at(5));
+        let orders = Action::Thaw { saves: vec![order(25, 1)], stop_after: Some(Step(25)) };
+        assert_eq!(answer(&mut c, &actions, [25, 25], at(5)), [orders]);
     }
 
     #[test]

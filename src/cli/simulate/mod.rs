@@ -12,7 +12,8 @@ use super::{
     output, run, store,
 };
 use crate::{
-    config::{self, Cadence, Machine, RunConfig, Sources},
+    config::{self, Cadence, Machine, RunConfig, Sources, TrainTask},
+    data::{Split, cache},
     error::{Error, Kind, Result},
     goodput::{Costs, Elastic, Lives, Notice, Observed, Trace},
     history,
@@ -54,7 +55,8 @@ Examples:
 A trace is JSON, {\"metadata\":{\"gap_seconds\":60},\"data\":[1,0,...]} (available machines),
 or CSV with a line `milliseconds,add|remove,node` for each change.")]
 pub struct Simulate {
-    /// A run's configuration: its checkpoint.every is simulated too; with --step-time, its train.steps are the work
+    /// A run's configuration: its checkpoint.every is simulated too; with --step-time, its train.steps or
+    /// train.epochs are the work
     config: Option<PathBuf>,
     /// Take costs, losses, steps and cadence from this run's journal, except those that flags give
     #[arg(long, env = "TRAINER_RUN_ID", value_name = "ID", hide_env_values = true)]
@@ -285,7 +287,7 @@ impl Simulate {
     fn report(&self) -> Result<Report> {
         let run = self.run_id.as_ref().map(|id| self.read(id)).transpose()?;
         let configured = match &self.config {
-            Some(path) => Some(load(path)?),
+            Some(path) => Some(self.settled(load(path)?)?),
             None => run.as_ref().map(|(_, config)| config.clone()),
         };
         let observed = run.map(|(observed, _)| observed);
@@ -307,6 +309,29 @@ impl Simulate {
         let (machines, said) = self.machines(observed.as_ref())?;
         let inputs = self.inputs(&said, observed.as_ref(), configured.as_ref(), step_s);
         Ok(study::Study { inputs, machines }.report(interval))
+    }
+
+    /// The configuration with its number of steps, if epochs are given instead and the steps are the work: the index of
+    /// the dataset says how many there are.
+    fn settled(&self, mut config: RunConfig) -> Result<RunConfig> {
+        let TrainTask { data, train, .. } = &mut config.workload;
+        let is_work = self.work.is_none() && self.step_time.is_some();
+        if train.steps > 0 || !is_work {
+            return Ok(config);
+        }
+        let index = store::block_on(async { Ok(cache::read_index_of(&data.train, &config.storage).await?) });
+        let sequences = index.map(|index| index.samples(Split::Train, data.sequence_length)).map_err(|error| {
+            let epochs = train.epochs;
+            error
+                .context(format!("work out the steps of train.epochs = {epochs} over {}", data.train))
+                .with_hint("give --work, a configuration with train.steps, or a dataset that can be read from here")
+        })?;
+        if sequences == 0 {
+            let what = format!("{} holds no sequence of {} tokens", data.train, data.sequence_length);
+            return Err(Error::new(Kind::Config, what).with_hint("give --work, or another data.sequence_length"));
+        }
+        train.settle_steps(sequences)?;
+        Ok(config)
     }
 
     fn nodes(&self) -> u32 {
@@ -374,7 +399,11 @@ impl Simulate {
         let notice_share = Input::pick(self.notice_share, run(Observed::announced, "losses without lost steps"), 1.0);
         let steps = configured.filter(|config| config.workload.train.steps > 0).zip(step_s).map(|(config, step_s)| {
             let steps = config.workload.train.steps;
-            (steps as f64 * step_s, format!("{steps} steps of {}", human::seconds(step_s)))
+            let made = match config.workload.train.epochs {
+                0 => String::new(),
+                epochs => format!(" ({})", human::plural(epochs.into(), "epoch")),
+            };
+            (steps as f64 * step_s, format!("{steps} steps{made} of {}", human::seconds(step_s)))
         });
         let costs = Costs { stall_s: stall_s.value, durable_s: durable_s.value, restart_s: restart_s.value };
         Inputs {

@@ -23,6 +23,20 @@ impl<T> Default for Members<T> {
     }
 }
 
+/// A list as EC2 has it: `<item>` for each.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Items<T> {
+    #[serde(default = "Vec::new")]
+    pub item: Vec<T>,
+}
+
+// Derived, it would ask the same of `T`.
+impl<T> Default for Items<T> {
+    fn default() -> Self {
+        Self { item: Vec::new() }
+    }
+}
+
 /// A result in JSON.
 pub(super) fn json<A: DeserializeOwned>(body: &[u8]) -> Result<A, Failure> {
     // Its own text repeats values.
@@ -94,6 +108,12 @@ fn of_xml(body: &[u8]) -> Option<Said> {
         #[serde(rename = "Error")]
         error: Refusal,
     }
+    /// EC2 lists its one error.
+    #[derive(Deserialize)]
+    struct Listed {
+        #[serde(rename = "Errors")]
+        errors: Answer,
+    }
     #[derive(Deserialize)]
     struct Refusal {
         #[serde(rename = "Code")]
@@ -101,7 +121,9 @@ fn of_xml(body: &[u8]) -> Option<Said> {
         #[serde(rename = "Message")]
         message: Option<String>,
     }
-    let answer: Answer = quick_xml::de::from_str(std::str::from_utf8(body).ok()?).ok()?;
+    let text = std::str::from_utf8(body).ok()?;
+    let plain = quick_xml::de::from_str(text).ok();
+    let answer: Answer = plain.or_else(|| Some(quick_xml::de::from_str::<Listed>(text).ok()?.errors))?;
     Some((answer.error.code, answer.error.message))
 }
 
@@ -150,6 +172,13 @@ mod tests {
             (Some("FromHeader"), b"not JSON", "FromHeader", "-"),
             (None, xml, "ValidationError", "a <group>!"),
             (None, b"<ErrorResponse><Error><Code>Only</Code></Error></ErrorResponse>", "Only", "-"),
+            (
+                None,
+                b"<Response><Errors><Error><Code>InvalidSubnetID.NotFound</Code><Message>m</Message></Error></Errors>\
+                  <RequestID>x</RequestID></Response>",
+                "InvalidSubnetID.NotFound",
+                "m",
+            ),
             // Nothing of use.
             (None, b"", "-", "-"),
             (None, b"{}", "-", "-"),

@@ -1,5 +1,5 @@
 //! Single calls of AWS's services, for which a crate of their own would take longer to compile than all that calls
-//! them: SSM, Service Quotas and Auto Scaling.
+//! them: SSM, Service Quotas, Auto Scaling, and what is asked of EC2 and ECR before machines are started.
 //!
 //! The SDK's own runtime carries a call: credentials and their cache, Signature Version 4, connections ([`direct`]),
 //! time-outs, and the retries of its standard mode (with jitter; after throttling, after 500, 502, 503 and 504, after a
@@ -59,7 +59,7 @@ use http_body_util::Limited;
 use serde::de::DeserializeOwned;
 use url::form_urlencoded;
 
-pub(super) use answer::Members;
+pub(super) use answer::{Items, Members};
 use endpoint::Wanted;
 
 use super::aws::Failure;
@@ -72,18 +72,28 @@ const LARGEST: usize = 1 << 20;
 pub struct Service {
     /// Its id in AWS's models; `AWS_ENDPOINT_URL_<ID>` and the profile's `services` name it so.
     id: &'static str,
-    /// How its host names begin, which is also its name in signatures.
+    /// How its host names begin.
+    host: &'static str,
+    /// Its name in signatures.
     name: &'static str,
     /// The beginning of a JSON target, or a Query API's version.
     api: &'static str,
 }
 
 /// Systems Manager.
-pub const SSM: Service = Service { id: "SSM", name: "ssm", api: "AmazonSSM" };
+pub const SSM: Service = Service { id: "SSM", host: "ssm", name: "ssm", api: "AmazonSSM" };
 /// Service Quotas.
-pub const QUOTAS: Service = Service { id: "Service Quotas", name: "servicequotas", api: "ServiceQuotasV20190624" };
+pub const QUOTAS: Service =
+    Service { id: "Service Quotas", host: "servicequotas", name: "servicequotas", api: "ServiceQuotasV20190624" };
 /// EC2 Auto Scaling.
-pub const AUTO_SCALING: Service = Service { id: "Auto Scaling", name: "autoscaling", api: "2011-01-01" };
+pub const AUTO_SCALING: Service =
+    Service { id: "Auto Scaling", host: "autoscaling", name: "autoscaling", api: "2011-01-01" };
+
+/// EC2.
+pub const EC2: Service = Service { id: "EC2", host: "ec2", name: "ec2", api: "2016-11-15" };
+/// EC2's registry of images.
+pub const ECR: Service =
+    Service { id: "ECR", host: "api.ecr", name: "ecr", api: "AmazonEC2ContainerRegistry_V20150921" };
 
 /// A service in a region, with this process's credentials. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -214,7 +224,7 @@ struct Place {
 
 impl ResolveEndpoint for Place {
     fn resolve_endpoint<'a>(&'a self, _: &'a EndpointResolverParams) -> EndpointFuture<'a> {
-        let url = endpoint::url(self.service.name, &self.wanted);
+        let url = endpoint::url(self.service.host, &self.wanted);
         EndpointFuture::ready(url.map(|url| Endpoint::builder().url(url).build()).map_err(BoxError::from))
     }
 }

@@ -49,6 +49,13 @@ impl Names {
         text.match_indices(name).map(|(at, _)| at).filter(|&at| !text[..at].ends_with(SPELT))
     }
 
+    /// The last special token that the template itself put into `text`, and its position.
+    pub(super) fn last_own<'n>(&'n self, text: &str) -> Option<(usize, &'n str)> {
+        let last = |name: &'n String| Some((self.own(text, name).last()?, name.as_str()));
+        // Of two that begin at one place, the longer one is there.
+        self.0.iter().filter_map(last).max_by_key(|(at, name)| (*at, name.len()))
+    }
+
     /// Whether a special token of the template ends `text`.
     pub(super) fn at_end(&self, text: &str) -> bool {
         self.name_at_end(text).is_some()

@@ -10,6 +10,7 @@
 //! A record is used whole or not at all. What the template refuses is an error with the record's place.
 
 mod marked;
+mod python;
 mod template;
 mod turns;
 mod value;
@@ -28,10 +29,12 @@ use self::{
     turns::Conversation,
     value::Json,
 };
-use super::{marks::Rendering, special::Unfit, tokenizer::TextTokenizer};
+use super::{marks::Rendering, special::Unfit, templates::Chosen, tokenizer::TextTokenizer};
 
 /// The field that holds a chat's messages.
 pub(super) const MESSAGES: &str = "messages";
+/// The field that holds the tools of a chat.
+pub(super) const TOOLS: &str = "tools";
 /// The fields for an assistant's thoughts, as transformers knows them.
 const THOUGHTS: [&str; 3] = ["reasoning_content", "reasoning", "thinking"];
 
@@ -65,7 +68,10 @@ impl From<Failure> for NoIds {
 
 /// Turns chats into ids. Shared by the threads that encode.
 pub(super) struct Chats {
-    template: Template,
+    /// For chats without tools; `None`: the folder has none for them.
+    plain: Option<Template>,
+    /// For chats with tools; `None`: the same.
+    tools: Option<Template>,
     date: Option<Date>,
     names: Names,
     /// The tokenizer as it is stored: it finds special tokens in a text.
@@ -81,7 +87,7 @@ impl Chats {
     /// `tokens`: the special tokens that the template may name.
     pub(super) fn new(
         tokenizer: &TextTokenizer,
-        source: &str,
+        chosen: &Chosen,
         tokens: &BTreeMap<String, String>,
         date: Option<Date>,
     ) -> Result<Self, String> {
@@ -101,9 +107,11 @@ impl Chats {
         let new_line = open.encode_fast("\n", false).map_err(|error| error.to_string())?.get_ids().to_vec();
         let added = open.get_added_tokens_decoder();
         let inside_model = tokenizer.special_tokens().keys().any(|id| !added.contains_key(id));
+        let tools = Some(&chosen.tools).filter(|source| chosen.plain.as_ref() != Some(source));
         let may_change = inside_model || open.get_normalizer().is_some();
         Ok(Self {
-            template: Template::new(source, tokens, date)?,
+            plain: chosen.plain.as_ref().map(|source| Template::new(source, tokens, date)).transpose()?,
+            tools: tools.map(|source| Template::new(source, tokens, date)).transpose()?,
             date,
             names,
             new_line,
@@ -116,8 +124,10 @@ impl Chats {
 
     /// How chats are rendered. `ends`: the tokens that ended turns.
     pub(super) fn rendering(&self, ends: BTreeSet<u32>) -> Rendering {
+        let [plain, tools] = [&self.plain, &self.tools].map(|it| it.as_ref().map(|it| it.sha256().to_owned()));
         Rendering {
-            template_sha256: self.template.sha256().to_owned(),
+            tools_template_sha256: tools.clone().filter(|_| plain.is_some()),
+            template_sha256: plain.or(tools).unwrap_or_default(),
             date: self.date.map(|date| date.to_string()),
             end_ids: ends.into_iter().collect(),
         }
@@ -126,13 +136,22 @@ impl Chats {
     /// The ids of the chat in this record.
     pub(super) fn encode(&self, tokenizer: &TextTokenizer, record: &str) -> Result<ChatIds, NoIds> {
         let chat = self.read(tokenizer, record).map_err(NoIds::Chat)?;
-        let (text, turns) = turns::find(&self.template, &self.names, &chat)?;
+        let special = self.tools.as_ref().filter(|_| chat.tools.is_some());
+        let template = special.or(self.plain.as_ref()).ok_or_else(|| {
+            let reason =
+                "has no tools, and the folder has no chat template named \"default\"; --chat-template names one";
+            NoIds::Chat(reason.into())
+        })?;
+        let (text, turns) = turns::find(template, &self.names, &chat)?;
         self.ids(tokenizer, &text, &turns).map_err(NoIds::Chat)
     }
 
     /// The messages and tools of a record, marked.
     fn read(&self, tokenizer: &TextTokenizer, record: &str) -> Result<Conversation, String> {
         let json: Json = serde_json::from_str(record).map_err(|error| format!("is not JSON: {error}"))?;
+        if let Some(number) = value::large_integer(record) {
+            return Err(format!("holds the number {number}, which has more than 64 bits"));
+        }
         let Some(Json::List(messages)) = json.get(MESSAGES).cloned() else {
             return Err(format!("has no list in {MESSAGES:?}"));
         };
@@ -150,13 +169,19 @@ impl Chats {
                 self.message(message, &mut mark).map_err(|reason| format!("message {} {reason}", number + 1))
             })
             .collect::<Result<Vec<Json>, String>>()?;
-        let tools = match json.get("tools").cloned() {
-            None | Some(Json::Null) => None,
-            Some(tools @ Json::List(_)) => {
+        let tools = match json.get(TOOLS).cloned() {
+            // Tools of different parameters fit no column of a table: many data sets have them as a text.
+            Some(Json::Text(text)) => serde_json::from_str(&text)
+                .map_err(|error| format!("has a text in {TOOLS:?} that is not JSON: {error}"))?,
+            tools => tools.unwrap_or(Json::Null),
+        };
+        let tools = match tools {
+            Json::Null => None,
+            tools @ Json::List(_) => {
                 self.check_keys(&tools)?;
                 Some(tools.map_texts(&mut mark)?)
             }
-            Some(_) => return Err("has no list in \"tools\"".into()),
+            _ => return Err(format!("has no list in {TOOLS:?}")),
         };
         Ok(Conversation { messages, tools, bytes: record.len() })
     }

@@ -2,7 +2,7 @@
 //!
 //! The language is Jinja (`minijinja`), with what transformers adds to it (`utils/chat_template_utils.py`):
 //! `raise_exception`, `strftime_now`, `tojson` as `json.dumps` without escapes for HTML, `{% generation %}` blocks, the
-//! methods of Python's texts and dictionaries, and blocks that take the line end behind them along.
+//! values of Python ([`python`]), and blocks that take the line end behind them along.
 //!
 //! # Limits
 //! A template is untrusted input. Its length is limited, and so is the work of one rendering, in proportion to the
@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     marked::{TURN, TURN_END},
+    python,
     value::{Json, Style, dump},
 };
 
@@ -66,7 +67,7 @@ impl Template {
         // Jinja's own: an undefined value prints nothing, and has no fields.
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_recursion_limit(DEEPEST);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        python::adapt(&mut environment);
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
@@ -76,7 +77,15 @@ impl Template {
         for (name, token) in tokens {
             environment.add_global(name.clone(), token.clone());
         }
-        let (body, has_generation) = with_generation_calls(source);
+        if let Some((name, line)) = python::uncalled_method(source) {
+            return Err(format!(
+                "line {line} of the chat template reads .{name} without calling it, which in Python is never the key \
+                 of that name: write ['{name}']"
+            ));
+        }
+        // As Jinja reads a file.
+        let lines = source.replace("\r\n", "\n").replace('\r', "\n");
+        let (body, has_generation) = with_generation_calls(&lines);
         environment
             .add_template_owned("chat", body)
             .map_err(|error| format!("the chat template can't be read: {}", told(&error)))?;
@@ -249,6 +258,7 @@ mod tests {
             ("{{ strftime_now('%d %b %Y, %A') }}", "05 Mar 2026, Thursday"),
             ("{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ tools is none }}", "True"),
             ("{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 2 %}{{ ns.n }}", "2"),
+            ("a\r\n{% if true %}\r\nb{{ 'c\r\nd' | length }}\r{% endif %}\r\n", "a\nb3\n"),
         ] {
             assert_eq!(rendered(source, messages, Some("2026-03-05")).unwrap(), expected, "{source}");
         }
@@ -265,6 +275,7 @@ mod tests {
             ("{{ nope | tojson }}", "undefined"),
             ("{{ messages | nope }}", "nope"),
             ("{% include 'x' %}", "can't be read"),
+            ("{{ 1 }}\n{% if messages[0].items %}x{% endif %}", "line 2 of the chat template reads .items"),
         ] {
             assert!(refused(source).contains(said), "{source}: {}", refused(source));
         }

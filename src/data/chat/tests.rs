@@ -21,9 +21,13 @@ fn tokenizer() -> TextTokenizer {
     TextTokenizer::from_json(fixture("tokenizer.json"), "tokenizer.json", EndToken::Named("</s>")).unwrap()
 }
 
+fn one(source: &str) -> Chosen {
+    Chosen { plain: Some(source.to_owned()), tools: source.to_owned() }
+}
+
 fn of_source(source: &str, tokens: &[(&str, &str)]) -> Chats {
     let tokens = tokens.iter().map(|(name, token)| ((*name).to_owned(), (*token).to_owned())).collect();
-    Chats::new(&tokenizer(), source, &tokens, None).unwrap()
+    Chats::new(&tokenizer(), &one(source), &tokens, None).unwrap()
 }
 
 fn of_fixture(name: &str) -> Chats {
@@ -31,7 +35,7 @@ fn of_fixture(name: &str) -> Chats {
     let tokens = serde_json::from_value(corpus["templates"][name].clone()).unwrap();
     let source = String::from_utf8(fixture(&format!("templates/{name}.jinja"))).unwrap();
     let date = corpus["date"].as_str().unwrap().parse().unwrap();
-    Chats::new(&tokenizer(), &source, &tokens, Some(date)).unwrap()
+    Chats::new(&tokenizer(), &one(&source), &tokens, Some(date)).unwrap()
 }
 
 /// The record of a chat, with its keys in the order in which they are written.
@@ -244,8 +248,137 @@ fn text_that_a_normalizer_turns_into_a_special_token_is_refused() {
     let tokenizer = TextTokenizer::from_json(bytes, "t", EndToken::Named("</s>")).unwrap();
     let tokens = BTreeMap::from([("eos_token".to_owned(), "</s>".to_owned())]);
     let source = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}";
-    let chats = Chats::new(&tokenizer, source, &tokens, None).unwrap();
+    let chats = Chats::new(&tokenizer, &one(source), &tokens, None).unwrap();
     let wide = TURN.replace("\"a\"", "\"\u{ff1c}/s\u{ff1e}\"");
     let error = chats.encode(&tokenizer, &wide).unwrap_err();
     assert!(matches!(&error, NoIds::Chat(reason) if reason.contains("turns into \"</s>\"")), "{error:?}");
+}
+
+#[test]
+fn chats_with_tools_have_their_own_template_and_others_need_one() {
+    let tokenizer = tokenizer();
+    let sources = |plain: Option<&str>, tools: &str| {
+        let chosen = Chosen { plain: plain.map(str::to_owned), tools: tools.to_owned() };
+        Chats::new(&tokenizer, &chosen, &BTreeMap::new(), None).unwrap()
+    };
+    const BODY: &str = "{% for m in messages %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endfor %}";
+    let (plain, tools) = (format!("plain {BODY}"), format!("tools {BODY}"));
+    let record = |tools: &str| format!(r#"{{"messages": [{{"role": "assistant", "content": "yes"}}]{tools}}}"#);
+    let text = |chats: &Chats, tools: &str| {
+        chats.encode(&tokenizer, &record(tools)).map(|chat| tokenizer.decode(&chat.ids).unwrap())
+    };
+    let tool = r#", "tools": [{"name": "f"}]"#;
+    let both = sources(Some(&plain), &tools);
+    for (tools, expected) in [
+        ("", "plain"),
+        (r#", "tools": null"#, "plain"),
+        (tool, "tools"),
+        (r#", "tools": []"#, "tools"),
+        (r#", "tools": "[{\"name\": \"f\"}]""#, "tools"),
+        (r#", "tools": "null""#, "plain"),
+    ] {
+        let text = text(&both, tools).unwrap();
+        assert!(text.starts_with(expected), "{tools}: {text}");
+    }
+    let refused = |chats: &Chats, tools: &str| match text(chats, tools) {
+        Err(NoIds::Chat(reason)) => reason,
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(&both, r#", "tools": "[""#).contains("that is not JSON"));
+    assert!(refused(&both, r#", "tools": "{}""#).contains("no list"));
+    let only = sources(None, &tools);
+    assert!(text(&only, tool).unwrap().starts_with("tools"));
+    assert!(refused(&only, "").contains("no chat template named \"default\""));
+    let sums = |chats: &Chats| {
+        let rendering = chats.rendering(BTreeSet::new());
+        (rendering.template_sha256, rendering.tools_template_sha256)
+    };
+    let (first, second) = sums(&both);
+    assert!(second.is_some_and(|second| second != first && second == sums(&only).0));
+    assert_eq!(sums(&only).1, None);
+    assert_eq!(sums(&sources(Some(&plain), &plain)), (first, None));
+}
+
+/// A chat of these roles and texts.
+fn chat_of(messages: &[(&str, &str)]) -> String {
+    let messages: Vec<Value> =
+        messages.iter().map(|(role, content)| serde_json::json!({"role": role, "content": content})).collect();
+    serde_json::json!({ "messages": messages }).to_string()
+}
+
+/// Templates that can't put the header of a turn behind a chat, or that show the last turn in another way.
+#[test]
+fn neither_a_header_nor_the_end_of_a_whole_chat_is_a_target() {
+    const NO_PROMPT: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}\
+                             {% endfor %}";
+    // The prompt is there only behind a message.
+    const INSIDE: &str = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '</s>' }}\
+                          {% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}";
+    const CLOSED: &str = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|im_end|>\n' }}{% endfor %}\
+                          {{ '<|assistant|>\n' if add_generation_prompt else '</s>' }}";
+    // The last question is shown in another way, and there is no prompt.
+    const LAST: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + ('Now: ' if m == messages[-2] \
+                        else '') + m.content + '[/INST]' }}{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}\
+                        {% endfor %}";
+    const OTHER_END: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}\
+                             {{ '<|user|>say<|system|>' + m.content }}\
+                             {{ '</s>' if loop.last and not add_generation_prompt else '<|im_end|>' }}{% else %}\
+                             {{ '\n' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}\
+                             {% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}";
+    const COLON: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ 'Q:' + m.content + \
+                         ('!' if loop.index > messages|length - 2 else '') }}{% else %}{{ 'A:' + m.content + '</s>' }}\
+                         {% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}";
+    let two = [("user", "a"), ("assistant", " b\n"), ("user", "c"), ("assistant", "d")];
+    let first = [("assistant", "b"), ("user", "c"), ("assistant", "d")];
+    let in_a_row = [("user", "a"), ("assistant", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e")];
+    let echo = [("user", "a"), ("assistant", "x A:y"), ("user", "c"), ("assistant", "A:A:")];
+    let no_answer = [("user", "a"), ("assistant", "b"), ("user", "c")];
+    let silent = [("user", "a"), ("assistant", "")];
+    let cases: [(&str, &[(&str, &str)], &[&str]); 13] = [
+        (NO_PROMPT, &two, &[" b\n<|im_end|>", "d<|im_end|>"]),
+        (NO_PROMPT, &first, &["b<|im_end|>", "d<|im_end|>"]),
+        (INSIDE, &first, &["b</s>", "d</s>"]),
+        (INSIDE, &two, &[" b\n</s>", "d</s>"]),
+        (CLOSED, &two, &[" b\n<|im_end|>", "d<|im_end|>"]),
+        (CLOSED, &no_answer, &["b<|im_end|>"]),
+        (LAST, &two, &["  b\n</s>", " d</s>"]),
+        (LAST, &no_answer, &[" b</s>"]),
+        (OTHER_END, &two, &["<|user|>say<|system|> b\n<|im_end|>", "<|user|>say<|system|>d</s>"]),
+        (
+            OTHER_END,
+            &in_a_row,
+            &["<|user|>say<|system|>b<|im_end|>", "<|user|>say<|system|>c<|im_end|>", "<|user|>say<|system|>e</s>"],
+        ),
+        (OTHER_END, &silent, &["<|user|>say<|system|></s>"]),
+        (COLON, &echo, &["x A:y</s>", "A:A:</s>"]),
+        (COLON, &no_answer, &["b</s>"]),
+    ];
+    for (source, chat, expected) in cases {
+        let found = of_source(source, &[]).encode(&tokenizer(), &chat_of(chat)).unwrap();
+        assert_eq!(targets(&found), expected, "{chat:?} by {source}");
+    }
+    let found = of_source(CLOSED, &[]).encode(&tokenizer(), &chat_of(&two)).unwrap();
+    assert_eq!(found.ends, BTreeSet::from([7]), "the token behind the chat ends no turn");
+}
+
+/// Of an earlier turn the thoughts are left out, and a call of a tool stands behind its text.
+#[test]
+fn a_call_behind_a_text_belongs_to_the_turn_and_a_later_turn_does_not() {
+    let call = r#"[{"function": {"name": "f", "arguments": {"x": 1}}}]"#;
+    let called = |content: &str| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": "a"}},
+            {{"role": "assistant"{content}, "tool_calls": {call}}}, {{"role": "tool", "content": "2"}},
+            {{"role": "assistant", "content": "d"}}]}}"#
+        )
+    };
+    let text = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 1}}\n</tool_call><|im_end|>";
+    let found = of_fixture("thinking").encode(&tokenizer(), &called(r#", "content": "b""#)).unwrap();
+    assert_eq!(targets(&found), [&format!("b\n{text}"), "<think>\n\n</think>\n\nd<|im_end|>"]);
+
+    // Its end is another token where others follow: what is found must not reach into them.
+    const OTHER_END: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}\
+                             {{ m.tool_calls | tojson if m.tool_calls }}{{ '</s>' if loop.last else '<|im_end|>' }}\
+                             {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    assert!(refused(&of_source(OTHER_END, &[]), &called("")).contains("message 2) that can't be found"));
 }

@@ -125,6 +125,30 @@ impl<'de> Deserialize<'de> for Json {
     }
 }
 
+/// The beginning of an integer outside of the range of [`Json`], in valid JSON. Python has integers of any size.
+pub(super) fn large_integer(text: &str) -> Option<String> {
+    let (mut rest, mut inside) = (text, false);
+    while let Some(letter) = rest.chars().next() {
+        let mut length = letter.len_utf8();
+        match letter {
+            '"' => inside = !inside,
+            '\\' => length += rest.chars().nth(1).map_or(0, char::len_utf8),
+            '-' | '0'..='9' if !inside => {
+                let end = rest.find(|letter: char| !letter.is_ascii_digit() && !"+-.eE".contains(letter));
+                let number = &rest[..end.unwrap_or(rest.len())];
+                let fits = number.parse::<u64>().is_ok() || number.parse::<i64>().is_ok();
+                if !fits && !number.contains(['.', 'e', 'E']) {
+                    return Some(number.chars().take(40).collect());
+                }
+                length = number.len();
+            }
+            _ => {}
+        }
+        rest = &rest[length..];
+    }
+    None
+}
+
 /// How [`dump`] writes.
 #[derive(Clone, Debug)]
 pub(super) struct Style {
@@ -200,7 +224,7 @@ fn write(value: &Json, style: &Style, depth: usize, to: &mut String) {
 }
 
 /// The shortest digits that give the same number, as Python's `repr` writes them.
-fn float(value: f64) -> String {
+pub(super) fn float(value: f64) -> String {
     let size = value.abs();
     if value.is_finite() && size != 0.0 && !(1e-4..1e16).contains(&size) {
         let text = format!("{value:e}");
@@ -260,6 +284,18 @@ mod tests {
         );
         let style = Style { sort_keys: true, ascii: true, ..Style::new(None) };
         assert_eq!(dump(&small, &style), r#"{"a": "\u00e9", "b": [1, {"c": []}]}"#);
+    }
+
+    #[test]
+    fn integers_of_more_than_64_bits_are_found() {
+        for (text, found) in [
+            (r#"{"a": [18446744073709551615, -9223372036854775808, 1e30, 1.0e99, "99999999999999999999"]}"#, None),
+            (r#"{"a\"": 18446744073709551616}"#, Some("18446744073709551616")),
+            ("[0, -9223372036854775809]", Some("-9223372036854775809")),
+            (r#"["\\", 99999999999999999999]"#, Some("99999999999999999999")),
+        ] {
+            assert_eq!(large_integer(text).as_deref(), found, "{text}");
+        }
     }
 
     #[test]

@@ -26,6 +26,7 @@ fn dataset(dir: &Path, packed: Option<u32>, shards: &[Vec<(bool, bool)>]) -> Ind
             file: entry(dir, &Split::Train.shard_name(number), &ids),
             tokens: shard.len() as u64,
             marks: Some(MarksEntry { file: entry(dir, &Split::Train.marks_name(number), &bytes), documents, targets }),
+            sources: None,
         });
     }
     let index = Index {
@@ -36,6 +37,7 @@ fn dataset(dir: &Path, packed: Option<u32>, shards: &[Vec<(bool, bool)>]) -> Ind
         recipe: String::new(),
         tokenizer: entry(dir, layout::TOKENIZER, b"{  }"),
         documents: Some(Documents { packed, ..Documents::default() }),
+        sources: Vec::new(),
         train,
         validation: Vec::new(),
     };
@@ -188,7 +190,8 @@ fn a_hostile_index_of_format_2_is_refused() {
     if let Some(documents) = &mut index.documents {
         documents.bos_id = Some(1);
         let date = Some("2026-01-31".into());
-        documents.chat = Some(Rendering { template_sha256: "ab".repeat(32), date, end_ids: vec![2] });
+        documents.chat =
+            Some(Rendering { template_sha256: "ab".repeat(32), tools_template_sha256: None, date, end_ids: vec![2] });
         documents.files = vec![entry(dir.path(), "chat_template.jinja", b"x"), entry(dir.path(), "config.json", b"y")];
     }
     let good = String::from_utf8(index.to_bytes()).unwrap();

@@ -25,7 +25,7 @@ use self::{
 use super::{
     BuildSettings, Doing, Leaves, Model, ModelError, Parameter, Positions, Spans, Stage, Targets, Weight, init,
     lora::Adapter,
-    loss::linear_cross_entropy,
+    loss::{linear_cross_entropy, linear_losses},
     rope::{RopeTable, Turns},
 };
 use crate::config::Precision;
@@ -406,6 +406,11 @@ impl Model for Decoder {
     fn head_loss(&self, x: Tensor, targets: &Targets) -> Result<Tensor, ModelError> {
         let hidden = self.last_norm(x)?.f_flatten(0, 1).doing("compute loss")?;
         linear_cross_entropy(&hidden, &self.parts.output, targets)
+    }
+
+    fn head_losses(&self, x: Tensor, targets: &Targets) -> Result<Tensor, ModelError> {
+        let hidden = self.last_norm(x)?.f_flatten(0, 1).doing("compute loss")?;
+        linear_losses(&hidden, &self.parts.output, targets)
     }
 
     fn head_scores(&self, x: Tensor, positions: Positions) -> Result<Tensor, ModelError> {

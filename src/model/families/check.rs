@@ -116,13 +116,15 @@ pub(super) const HARMLESS: [&str; 72] = [
 ];
 
 /// Numbers that have no effect at this one value.
-pub(super) const NEUTRAL: [(&str, f64); 13] = [
+pub(super) const NEUTRAL: [(&str, f64); 15] = [
     ("attn_pdrop", 0.0),
     ("chunk_size_feed_forward", 0.0),
     ("embd_pdrop", 0.0),
     ("embedding_multiplier", 1.0),
+    ("full_attn_mod", 1.0),
     ("hidden_dropout", 0.0),
     ("hidden_dropout_prob", 0.0),
+    ("interpolate_factor", 1.0),
     ("logit_scale", 1.0),
     ("logits_scaling", 1.0),
     ("mlp_dropout", 0.0),
@@ -133,9 +135,12 @@ pub(super) const NEUTRAL: [(&str, f64); 13] = [
 ];
 
 /// Switches that have no effect while they are off.
-pub(super) const OFF: [&str; 11] = [
+pub(super) const OFF: [&str; 14] = [
     "add_cross_attention",
+    "attention_bias",
     "is_encoder_decoder",
+    "lm_head_bias",
+    "mlp_bias",
     "qk_layernorm",
     "qkv_bias",
     "rope_interleaved",

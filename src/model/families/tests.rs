@@ -311,6 +311,26 @@ mod spelling {
         }
     }
 
+    /// Published configurations have keys that only other families read, such as those of Phi-4-mini.
+    #[test]
+    fn a_key_that_a_family_does_not_read_is_accepted_while_it_says_nothing() {
+        for architecture in ["MistralForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"] {
+            let of = [("architectures", json!([architecture])), ("model_type", json!(null))];
+            let config = with(with(of_the_first_days(), &of), &[("num_key_value_heads", json!(4))]);
+            for (key, neutral, other) in [
+                ("attention_bias", json!(false), json!(true)),
+                ("mlp_bias", json!(false), json!(true)),
+                ("lm_head_bias", json!(false), json!(true)),
+                ("full_attn_mod", json!(1), json!(2)),
+                ("interpolate_factor", json!(1), json!(0.5)),
+            ] {
+                check::check(&with(config.clone(), &[(key, neutral)])).unwrap_or_else(|error| panic!("{key}: {error}"));
+                let error = check::check(&with(config.clone(), &[(key, other)])).unwrap_err().to_string();
+                assert!(error.contains(key), "{architecture}: {error}");
+            }
+        }
+    }
+
     #[test]
     fn no_key_stands_in_two_lists() {
         for family in FAMILIES {

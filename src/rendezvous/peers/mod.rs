@@ -35,6 +35,7 @@ use std::{
     time::Duration,
 };
 
+use futures::StreamExt;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     sync::{Notify, mpsc, oneshot},
@@ -53,6 +54,8 @@ mod tests;
 
 /// The pause before a node that does not know this one is dialled again: it lists and reads the store meanwhile.
 const AGAIN: Duration = Duration::from_millis(300);
+/// Nodes that are dialled side by side to find out whether they can be reached.
+pub const PROBES: usize = 16;
 /// The least time between two [`PeerEvent::Stranger`]: each makes the caller list the store, which costs money.
 pub const QUIET: Duration = Duration::from_secs(1);
 
@@ -176,16 +179,26 @@ impl<M: Serialize + DeserializeOwned + Send + 'static> Peers<M> {
         self.ask(Ask::Send { to: to.clone(), generation, body });
     }
 
-    /// Those of `nodes` that can't be reached: there is no link, and none can be opened within `limit`. All are tried
-    /// side by side. A link that is opened stays; a dial that fails is no [`PeerEvent::Lost`].
+    /// Those of `nodes` that can't be reached: there is no link, and none can be opened within `limit`. At most
+    /// [`PROBES`] are tried side by side, and all of it takes little longer than `limit`: of nodes whose turn does not
+    /// come in that time nothing is said. A link that is opened stays; a dial that fails is no [`PeerEvent::Lost`].
     pub async fn unreachable(&self, nodes: Vec<NodeId>, limit: Duration) -> BTreeSet<NodeId> {
-        let probes = nodes.into_iter().map(|node| {
+        let probes = nodes.into_iter().map(|node| async move {
             let (answer, reply) = oneshot::channel();
             self.ask(Ask::Probe { node: node.clone(), answer });
-            async move { (node, matches!(timeout(limit, reply).await, Ok(Ok(true)))) }
+            (node, matches!(timeout(limit, reply).await, Ok(Ok(true))))
         });
-        let answers = futures::future::join_all(probes).await;
-        answers.into_iter().filter(|(_, reached)| !reached).map(|(node, _)| node).collect()
+        let mut probes = futures::stream::iter(probes).buffer_unordered(PROBES);
+        let mut found = BTreeSet::new();
+        let all = async {
+            while let Some((node, reached)) = probes.next().await {
+                if !reached {
+                    found.insert(node);
+                }
+            }
+        };
+        let _ = timeout(limit.saturating_add(limit / 4), all).await;
+        found
     }
 
     /// Says goodbye to one node; no [`PeerEvent::Lost`] follows. What was sent is still written, unless it waits for a

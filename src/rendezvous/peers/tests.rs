@@ -1,5 +1,7 @@
 //! Agents on loopback, and what each hears of the others.
 
+use futures::FutureExt;
+
 use super::*;
 use crate::rendezvous::channel::testing::{Line, PATIENT, Relay, TestLink, node, say};
 
@@ -506,6 +508,24 @@ async fn nodes_that_do_not_answer_in_time_are_not_reached() {
     assert_eq!(me.peers.unreachable(silent.iter().cloned().collect(), Duration::from_millis(50)).await, silent);
     assert!(me.events.try_recv().is_err());
     assert!(me.peers.unreachable(vec![], Duration::MAX).await.is_empty());
+}
+
+#[tokio::test]
+async fn only_so_many_nodes_are_dialled_side_by_side() {
+    let me = Agent::new("me").await;
+    let (port, address) = mute().await;
+    let silent: Vec<_> = (0..3 * PROBES).map(|number| node(&format!("silent-{number:02}"))).collect();
+    silent.iter().for_each(|node| me.finds(node, address));
+    let probing = me.peers.unreachable(silent.iter().map(|it| it.node.clone()).collect(), Duration::MAX);
+    // A first look at it begins all dials that may begin; they go on when it is dropped.
+    assert!(probing.now_or_never().is_none());
+    let mut dials = Vec::new();
+    while dials.len() < PROBES {
+        dials.push(port.accept().await.unwrap());
+    }
+    let last = tokio::net::TcpStream::connect(address).await.unwrap();
+    let (_, from) = port.accept().await.unwrap();
+    assert_eq!(from, last.local_addr().unwrap(), "one more dial");
 }
 
 #[tokio::test]

@@ -36,7 +36,12 @@ use self::{
     desk::{Call, Desk, Myself, Route, Tell, Tools, Words},
     trial::Trial,
 };
-use super::{Outcome, Runner, Seating, Story, launch::OnComplete, or_notice, parting, told_to_leave};
+use super::{
+    Outcome, Runner, Seating, Story,
+    launch::OnComplete,
+    open::{Completed, completed},
+    or_notice, parting, told_to_leave,
+};
 use crate::{
     agent::{
         blame::{self, Blame},
@@ -150,9 +155,14 @@ impl Runner {
                 .with_hint("allow TCP between the run's machines, or set network.address to an address that they share")
         })?;
         let workers = self.resolved.workload.workers();
-        let kind = kind::of_this_machine(self.resolved.config.workload.parallel.device);
+        let mut kind = kind::of_this_machine(self.resolved.config.workload.parallel.device);
+        // Nor another machine.
+        if faults::check("node.kind", At::default()).is_err() {
+            kind.push_str(", another one");
+        }
         let key = me.identity.key().clone();
-        let myself = Myself { node: self.node.clone(), address, key, workers, kind };
+        let program = me.version.clone();
+        let myself = Myself { node: self.node.clone(), address, key, workers, kind, program };
         let group = myself.group(Role::Waiting, self.run.is_local(), Vec::new(), false);
         faults::check("seat.before-beat", At::default())
             .map_err(|fault| Error::from_source(Kind::Unavailable, fault))?;
@@ -336,11 +346,12 @@ impl Runner {
         if self.journal.state().generation() == generation && had_ended {
             return Ok(None);
         }
-        match self.journal.state().outcome() {
-            crate::journal::Outcome::Completed { step, .. } if *step >= self.resolved.workload.last_step() => {
-                tracing::info!(run = %self.run_id, %step, "run is complete");
-                Ok(Some(self.options.then(&self.resolved.config, true)))
-            }
+        let state = self.journal.state();
+        if let Some(Completed { step, .. }) = completed(&state, self.resolved.workload.task()) {
+            tracing::info!(run = %self.run_id, %step, "run is complete");
+            return Ok(Some(self.options.then(&self.resolved.config, true)));
+        }
+        match state.outcome() {
             crate::journal::Outcome::Failed { reason, .. } => {
                 let failed = Error::new(Kind::Config, format!("the run has failed on another node: {reason}"));
                 Err(failed.with_hint(format!("trainer explain --run-id {}", self.run_id)))
@@ -499,13 +510,25 @@ impl Runner {
             memory.gone.entry(node.clone()).or_insert_with(|| (FormedReason::NodeLost, why.clone()));
         }
         match ended {
-            Ok(End::Completed { loss }) => {
-                let outcome = self.complete(generation, loss, notices).await?;
+            Ok(End::Completed { step, loss, early }) => {
+                let outcome = self.complete(generation, step, loss, early, notices).await?;
                 match outcome {
                     Outcome::Completed { .. } => self.tidy(left, notices).await,
                     _ => _ = self.gone(left).await,
                 }
                 Ok(After::Over(outcome))
+            }
+            // Its word would not reach the store: whoever leads next says how the generation ended.
+            Ok(End::Stopped(stopped)) if members.hands_over.is_some() => {
+                memory.story.finished = Some(stopped.step);
+                let why = members.hands_over.unwrap_or_default();
+                self.reporter.event(&Event::Warning { message: format!("this node hands over: {why}") });
+                let gone = self.gone(left).await;
+                if members.asked_here || members.ends_the_run {
+                    return Ok(After::Over(self.leaves(Some(stopped.step))?));
+                }
+                self.slots.end_generation(gone).await?;
+                Ok(After::HandOver(why))
             }
             Ok(End::Stopped(stopped)) => {
                 memory.story.finished = Some(stopped.step);
@@ -620,7 +643,8 @@ impl Runner {
         let plan = self.plan(generation, &load, Instant::now(), &seating, false);
         let leader = Leader { to, heard };
         memory.blame.begins(seating.others.len() >= usize::try_from(self.options.nodes.min).unwrap_or(usize::MAX));
-        let followed = follow::run(plan, leader, &mut self.slots, notices, &reporter, &mut memory.blame).await;
+        let (slots, pace) = (&mut self.slots, &mut self.estimates.pace);
+        let followed = follow::run(plan, leader, slots, notices, &reporter, &mut memory.blame, pace).await;
         let _ = post.await;
         let (outcome, step) = match followed? {
             Followed::Over { leaving: false, ends_the_run: false, hands_over, unfit, finished } => {

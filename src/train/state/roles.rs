@@ -2,7 +2,10 @@
 //!
 //! How a role's elements are spread over the ranks is the strategy's choice: see [`super::Row`].
 
-use crate::snapshot::plan::{Dtype, ShardKind};
+use crate::{
+    layout,
+    snapshot::plan::{Dtype, ShardKind},
+};
 
 /// What a tensor of the state is to its parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,7 +51,7 @@ impl Role {
                 of_frozen: true,
                 ..trained
             },
-            Self::Master => Traits { prefix: "master.", is_value: true, ..trained },
+            Self::Master => Traits { prefix: layout::MASTER, is_value: true, ..trained },
             Self::ExpAvg => Traits { prefix: "exp_avg.", ..trained },
             Self::ExpAvgSq => Traits { prefix: "exp_avg_sq.", ..trained },
         }

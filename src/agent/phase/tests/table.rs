@@ -64,9 +64,8 @@ const ROWS: &[(&str, Provoke)] = &[
     }),
     ("stalled by 10", |_| said(Rank(0), FromWorker::Stalled { step: Step(10), stall_s: 0.1 })),
     ("validated, the last", |rig| {
-        let validated = || FromWorker::Validated { step: Step(10), loss_sum: 4.0, targets: 2 };
-        let _ = rig.feed(said(Rank(0), validated()));
-        said(Rank(1), validated())
+        let _ = rig.feed(validated(Rank(0), 10, 2.0));
+        validated(Rank(1), 10, 2.0)
     }),
     ("stopped, the last", |rig| {
         let _ = rig.feed(stopped(Rank(0), 12));
@@ -90,6 +89,7 @@ const ROWS: &[(&str, Provoke)] = &[
         let _ = rig.feed(save_failed(10, 0));
         Event::Retry { slot: 0 }
     }),
+    ("save held up", |_| Event::HeldUp { after_s: 120 }),
     ("lost to another", |_| lost()),
     ("tick after 5 s", |rig| {
         rig.pass(5.0);
@@ -226,6 +226,7 @@ kinds! {
     Event::Save(SaveEvent::Ended { result: Ok(_), .. }) => "saved 10",
     Event::Save(SaveEvent::Ended { result: Err(_), .. }) => "save of 10 fails",
     Event::Retry { .. } => "retry",
+    Event::HeldUp { .. } => "save held up",
     Event::Lost(_) => "lost to another",
     Event::Tick => "tick after 5 s",
 }

@@ -146,6 +146,34 @@ async fn bytes_of_a_node_that_are_not_the_file_are_read_from_the_store() {
 }
 
 #[tokio::test]
+async fn a_file_that_one_node_gives_wrongly_comes_from_another_one_that_has_it() {
+    let me = node("me");
+    let (one, two) = (Owner::of("one", &me, &[0, 1]).await, Owner::of("two", &me, &[0, 1]).await);
+    // Each is asked for one of them first, and whoever is asked for the first one gives other bytes.
+    one.scribbles_at(7);
+    let mut need = Need::of(me.clone(), 2, &[0, 1]).await;
+    let fetched = need.fetched(&[&one, &two]).await;
+    assert_eq!((fetched.lent, fetched.stored), (of_files(2), 0), "the store has none of them");
+    // Both are wrong: the store has it.
+    two.scribbles_at(9);
+    let mut need = Need::of(me, 2, &[1]).await;
+    let fetched = need.fetched(&[&one, &two]).await;
+    assert_eq!((fetched.lent, fetched.stored), (of_files(1), of_files(1)));
+}
+
+/// One of them stops lending in the middle; the other one has all of it.
+#[tokio::test]
+async fn what_a_node_that_dies_has_not_given_comes_from_another_one() {
+    let me = node("me");
+    let (mut one, two) = (Owner::of("one", &me, &[0, 1]).await, Owner::of("two", &me, &[0, 1]).await);
+    let nodes = [&one, &two].map(|owner| (owner.peer.clone(), owner.listener.address())).into();
+    let lenders = Neighbours { me, settings: LinkSettings::default(), nodes }.ask(&wanted()).await;
+    one._serving.shutdown().await;
+    let borrowed = read(divide(lenders, two_files()).of).await;
+    assert_eq!((borrowed.files, borrowed.bytes, borrowed.left.len()), (2, of_files(2), 0));
+}
+
+#[tokio::test]
 async fn nodes_that_are_gone_refuse_or_do_not_know_this_one_leave_it_to_the_store() {
     let me = node("me");
     let gone = Owner::of("gone", &me, &[0]).await;

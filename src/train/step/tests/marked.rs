@@ -147,8 +147,8 @@ fn the_held_out_loss_is_the_mean_over_targets_on_any_world() {
     let run = marked(Zero1, 2, usual);
     let of = |world| {
         let shares = everywhere(world, |group| rank(&run, group, None).0.evaluate(|| false).unwrap().unwrap());
-        let targets: u64 = shares.iter().map(|share| share.targets).sum();
-        (targets, shares.iter().map(|share| share.loss_sum).sum::<f64>() / targets as f64)
+        let targets: u64 = shares.iter().map(|share| share.0[0].targets).sum();
+        (targets, shares.iter().map(|share| share.0[0].loss).sum::<f64>() / targets as f64)
     };
     let (targets, loss) = of(1);
     let expected = (1..=HELD_OUT as usize * SEQUENCE).filter(|&token| usual(token).1).count();
@@ -170,4 +170,72 @@ fn a_step_without_any_target_is_refused_by_every_rank() {
         assert_eq!((text.as_str(), kind), ("none of the 8 sequences of step 3 has a token to learn", Kind::Config));
         assert!(hint.unwrap().contains("train.global_batch"));
     }
+}
+
+/// The source of a token: three in turn, and one that has no target.
+fn source(token: usize) -> u8 {
+    [0, 2, 3][token % 3]
+}
+
+/// The same run, whose tokens for validation have sources.
+fn with_sources(run: Run) -> Run {
+    let path = run.folder.path().join("index.json");
+    let mut index: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let tokens = index["validation"][0]["tokens"].as_u64().unwrap() as usize;
+    let bytes: Vec<u8> = (0..tokens).map(source).collect();
+    let file = "validation-00000.sources";
+    std::fs::write(run.folder.path().join(file), &bytes).unwrap();
+    index["sources"] = json!(["a", "b", "c", "d"]);
+    index["validation"][0]["sources"] = json!({ "file": file, "bytes": tokens, "crc64": "0000000000000000" });
+    std::fs::write(path, index.to_string()).unwrap();
+    run
+}
+
+/// Sums over all ranks, by source.
+fn held_out(run: &Run, world: u32) -> Vec<(String, u64, f64)> {
+    let shares = everywhere(world, |group| rank(run, group, None).0.evaluate(|| false).unwrap().unwrap());
+    let mut sums: Vec<(String, u64, f64)> = Vec::new();
+    for (number, first) in shares[0].0.iter().enumerate() {
+        let all = || shares.iter().map(|share| &share.0[number]);
+        sums.push((first.source.clone(), all().map(|sum| sum.targets).sum(), all().map(|sum| sum.loss).sum()));
+    }
+    sums
+}
+
+#[test]
+fn the_held_out_loss_of_each_source_is_that_of_its_targets_whatever_ranks_and_passes() {
+    for mark in [usual as fn(usize) -> (bool, bool), |token| (token == 0, token > 0)] {
+        let run = |most| with_sources(marked(Ddp, most, mark));
+        let sums = held_out(&run(8), 1);
+        for (number, name) in ["a", "b", "c", "d"].into_iter().enumerate() {
+            let of_it = |token: &usize| mark(*token).1 && usize::from(source(*token)) == number;
+            let targets = (1..=HELD_OUT as usize * SEQUENCE).filter(of_it).count() as u64;
+            assert_eq!((sums[number].0.as_str(), sums[number].1), (name, targets));
+            assert_eq!(sums[number].2 > 0.0, targets > 0);
+        }
+        // Together they are the loss of all.
+        let whole = held_out(&marked(Ddp, 8, mark), 1);
+        let [(_, targets, loss)] = whole.as_slice() else { panic!("{whole:?}") };
+        assert_eq!(sums.iter().map(|sum| sum.1).sum::<u64>(), *targets);
+        assert_eq!(sums.iter().map(|sum| sum.2).sum::<f64>().to_bits(), loss.to_bits(), "sums are exact");
+        for (most, world) in [(1, 1), (3, 1), (2, 2), (1, 3), (2, 4)] {
+            for (ours, theirs) in held_out(&run(most), world).iter().zip(&sums) {
+                assert_eq!((&ours.0, ours.1), (&theirs.0, theirs.1), "passes of {most}, {world} ranks");
+                assert!((ours.2 - theirs.2).abs() <= 1e-6 * theirs.2, "passes of {most}, {world} ranks: {ours:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_few_sequences_of_data_with_sources_are_spread_over_all_of_them() {
+    let mut run = with_sources(marked(Ddp, 8, |token| (token == 0, token > 0)));
+    let path = run.folder.path().join("validation-00000.sources");
+    // The sources lie one behind the other.
+    let tokens = HELD_OUT as usize * SEQUENCE + 1;
+    std::fs::write(path, (0..tokens).map(|token| if token * 2 > tokens { 1 } else { 0 }).collect::<Vec<u8>>()).unwrap();
+    run.data.validation_sequences = 2;
+    let sums = held_out(&run, 1);
+    assert_eq!([sums[0].1, sums[1].1, sums[2].1].map(|targets| targets > 0), [true, true, false]);
+    assert_eq!(sums[0].1 + sums[1].1, 2 * SEQUENCE as u64);
 }

@@ -85,14 +85,22 @@ pub struct Diverged {
     pub reason: String,
 }
 
+/// The measurement of a state, as far as ranks have reported it.
+#[derive(Debug, Default)]
+struct Shares {
+    ranks: u32,
+    /// The sum over the targets of each source, and their number.
+    sums: BTreeMap<String, (f64, u64)>,
+}
+
 /// Gathers the reports of all ranks.
 #[derive(Debug)]
 pub struct Reports {
     outline: Outline,
     /// Of steps that not every rank has finished.
     steps: BTreeMap<Step, Vec<StepReport>>,
-    /// Of states that not every rank has measured: how many have, and the sums over their targets, by source.
-    validations: BTreeMap<Step, (u32, BTreeMap<String, (f64, u64)>)>,
+    /// Of states that not every rank has measured.
+    validations: BTreeMap<Step, Shares>,
 }
 
 impl Reports {
@@ -128,16 +136,16 @@ impl Reports {
     ///
     /// Sums are exact (see `train::step`), so they do not depend on the order in which ranks report.
     pub fn validated(&mut self, step: Step, sums: Vec<HeldOutSum>) -> Option<Measured> {
-        let (ranks, all) = self.validations.entry(step).or_default();
-        *ranks += 1;
+        let shares = self.validations.entry(step).or_default();
+        shares.ranks += 1;
         for HeldOutSum { source, loss, targets } in sums {
-            let sum = all.entry(source).or_default();
+            let sum = shares.sums.entry(source).or_default();
             *sum = (sum.0 + loss, sum.1 + targets);
         }
-        if *ranks != self.outline.workers {
+        if shares.ranks != self.outline.workers {
             return None;
         }
-        let (_, all) = self.validations.remove(&step)?;
+        let Shares { sums: all, .. } = self.validations.remove(&step)?;
         let mean = |(loss, targets): (f64, u64)| (targets > 0).then(|| loss / targets as f64);
         let whole = all.values().fold((0.0, 0), |sum, part| (sum.0 + part.0, sum.1 + part.1));
         let named = all.into_iter().filter(|(source, _)| !source.is_empty());

@@ -327,6 +327,10 @@ fn as_written(name: &str) -> String {
 fn several_templates_are_chosen_as_transformers_does_and_travel() {
     let model = Model::new("chatml");
     let lab = &model.lab;
+    // Transformers 4 opens no folder of an unknown model.
+    model.write("model/config.json", "{\"model_type\": \"llama\"}");
+    let settings = json!({"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"});
+    model.write("model/tokenizer_config.json", settings.to_string());
     std::fs::create_dir(lab.path("model/additional_chat_templates")).expect("a folder");
     let (tools, rag) = (fixture("templates/tools.jinja"), "model/additional_chat_templates/rag.jinja");
     std::fs::copy(&tools, lab.path("model/additional_chat_templates/tool_use.jinja")).expect("copy");

@@ -84,7 +84,7 @@ fn a_bf16_run_is_exported_in_fp32_from_the_values_that_it_trains() {
         format!("model.init_from=file://{}", out("wide")),
         "train.steps=1".into(),
         "train.schedule.warmup_steps=0".into(),
-        "train.optimizer.lr=0.0".into(),
+        "train.optimizer.lr=1e-30".into(),
     ];
     let set: Vec<&str> = set.iter().flat_map(|setting| ["--set", setting]).collect();
     lab.run("next").args(&set).finish().expect_code(0);
@@ -118,7 +118,7 @@ fn several_files_go_to_a_store_and_a_run_begins_with_them() {
     }
 
     let init = format!("model.init_from={out}");
-    let set = [init.as_str(), "train.steps=1", "train.schedule.warmup_steps=0", "train.optimizer.lr=0.0"];
+    let set = [init.as_str(), "train.steps=1", "train.schedule.warmup_steps=0", "train.optimizer.lr=1e-30"];
     let set: Vec<&str> = set.iter().flat_map(|setting| ["--set", setting]).collect();
     lab.run("next").args(&set).finish().expect_code(0);
     assert_eq!(tensors(&lab.export("next")), expected);
@@ -134,7 +134,7 @@ fn tune(lab: &Lab, run: &str) -> Trainer {
     let set = [
         &format!("model.init_from=s3://{BUCKET}/base"),
         "model.lora.rank=4",
-        "train.optimizer.lr=0.03",
+        "train.optimizer.lr=1e-303",
         r#"model.lora.targets="all-linear""#,
         "checkpoint.keep.last=100",
     ];

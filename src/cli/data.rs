@@ -80,7 +80,8 @@ pub struct Prepare {
     /// The day that a chat template is told when it asks for today's date
     #[arg(long, value_name = "YYYY-MM-DD", help_heading = "Documents")]
     date: Option<Date>,
-    /// The name of the chat template, of a folder with several [default: `tool_use` for chats with tools, else `default`]
+    /// The name of the chat template, of a folder with several [default: `tool_use` for chats with tools, else
+    /// `default`]
     #[arg(long, value_name = "NAME", help_heading = "Documents")]
     chat_template: Option<String>,
     /// The share of the text that is kept for validation, 0 to 0.5 [default: 0.01]

@@ -62,8 +62,7 @@ trainer simulate: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --tra
 --every --on-demand-price --spot-price --reserved-price --trials --seed --json
 trainer data prepare: --input --source --tokenizer --out --json --format --pack --sequence-length --documents \
 --too-long --without-target --date --chat-template --validation-ratio --text-field --eos-token --shard-tokens \
---sample-bytes --threads \
---skip-unreadable --bad-records --overwrite
+--sample-bytes --threads --skip-unreadable --bad-records --overwrite
 trainer completions: SHELL
 trainer worker: "
     );

@@ -2,8 +2,8 @@
 //!
 //! `tokenizer.json` has a post-processor that may put tokens around a text; `tokenizer_config.json` may have
 //! `add_bos_token` and `add_eos_token`. Where these contradict each other, the readers do, too: `tokenizers` and
-//! transformers 5 do what the post-processor says, whatever the flags; transformers 4 builds the post-processor of a few
-//! classes anew from the flags, or from the defaults of the class. Here the post-processor counts, and the flags of
+//! transformers 5 do what the post-processor says, whatever the flags; transformers 4 builds the post-processor of a
+//! few classes anew from the flags, or from the defaults of the class. Here the post-processor counts, and the flags of
 //! what is written are made to agree with it, so that every reader of a checkpoint does what the data was made with.
 
 use serde::Deserialize;

@@ -2,8 +2,8 @@
 //! JSON record that it would be in a file of records.
 //!
 //! A column gives every message the same fields: what a message lacks is null there. So a null field of a structure, at
-//! any depth, is no field; a null in a list stays. `messages` and `tools` may also be texts that hold JSON, which is how
-//! tools of different parameters fit one column.
+//! any depth, is no field; a null in a list stays. `messages` and `tools` may also be texts that hold JSON, which is
+//! how tools of different parameters fit one column.
 
 use std::{
     fs::File,

@@ -1,9 +1,8 @@
 //! The documents in a file, as text.
 //!
 //! A file's type follows from its first bytes or, if these are inconclusive, from the ending of its name: JSON records
-//! with a text field ([`super::records`]), a Parquet column ([`super::columns`]) or chats ([`super::conversations`]), else
-//! plain text, one document a file.
-//! Each may be packed by gzip or zstd ([`super::compressed`]).
+//! with a text field ([`super::records`]), a Parquet column ([`super::columns`]) or chats ([`super::conversations`]),
+//! else plain text, one document a file. Each may be packed by gzip or zstd ([`super::compressed`]).
 //!
 //! A document reaches the caller in pieces of at most [`PIECE_BYTES`], cut at line ends if there are any: memory stays
 //! bounded for a file of any size, and the tokenizer, whose cost grows faster than its input, gets short pieces.

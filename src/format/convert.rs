@@ -10,8 +10,8 @@ pub fn can(from: Dtype, to: Dtype) -> bool {
     from == to || (from != Dtype::I64 && matches!(to, Dtype::F32 | Dtype::BF16))
 }
 
-/// Elements of type `from`, little-endian, as elements of type `to`; each is rounded at most once. `None` if there is no
-/// such conversion ([`can`]). Bytes behind the last whole element are left out.
+/// Elements of type `from`, little-endian, as elements of type `to`; each is rounded at most once. `None` if there is
+/// no such conversion ([`can`]). Bytes behind the last whole element are left out.
 pub fn convert(bytes: &[u8], from: Dtype, to: Dtype) -> Option<Vec<u8>> {
     if from == to {
         return Some(bytes.to_vec());

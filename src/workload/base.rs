@@ -57,8 +57,8 @@ impl Base {
         }
     }
 
-    /// The folder of an existing run's base, and the files there: they have their sizes, and are yet to be read and held
-    /// against their checksums ([`unlike`] explains what comes of that).
+    /// The folder of an existing run's base, and the files there: they have their sizes, and are yet to be read and
+    /// held against their checksums ([`unlike`] explains what comes of that).
     pub async fn look(uri: &str, lora: &LoraConfig, storage: &StorageConfig) -> Result<(Store, Vec<RemoteFile>)> {
         let folder = initial::open(uri, storage)?;
         let mut files = Vec::with_capacity(lora.base.len());

@@ -630,7 +630,8 @@ mod tests {
     #[test]
     fn flags_that_contradict_the_tokenizer_are_changed_and_named() {
         let own = json!({"tokenizer_config.json": {
-            "tokenizer_class": "LlamaTokenizerFast", "eos_token": "<|end|>", "add_bos_token": true, "add_eos_token": false,
+            "tokenizer_class": "LlamaTokenizerFast", "eos_token": "<|end|>",
+            "add_bos_token": true, "add_eos_token": false,
         }});
         let (files, said) = made(json!({}), Some(own));
         let settings = &files[layout::TOKENIZER_CONFIG];

@@ -22,7 +22,8 @@ for name, chat in chats.items():
             # A list of values of several types, which no column holds.
             del call["function"]["arguments"]["a"]
     tools = chat.get("tools")
-    rows.append({"id": name, "messages": chat["messages"], "tools": tools and json.dumps(tools), "turns": len(chat["messages"])})
+    messages = chat["messages"]
+    rows.append({"id": name, "messages": messages, "tools": tools and json.dumps(tools), "turns": len(messages)})
 table = pyarrow.Table.from_pylist(rows)
 pyarrow.parquet.write_table(table, os.path.join(folder, "chats.parquet"), row_group_size=2)
 print(table.schema)

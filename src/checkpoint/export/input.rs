@@ -1,7 +1,7 @@
 //! The files that an export reads: each byte once, in any order, and verified at the end.
 //!
-//! Every range that is read is summed, and the sums are combined in the order of the file. What no tensor needed is read
-//! last, for its sum alone. So an export is complete only if every byte of its files is right.
+//! Every range that is read is summed, and the sums are combined in the order of the file. What no tensor needed is
+//! read last, for its sum alone. So an export is complete only if every byte of its files is right.
 
 use std::{
     ops::Range,

@@ -5,23 +5,23 @@
 //! [`file_order`](crate::format::header::file_order)); or, if they are larger than [`Form::max_shard`],
 //! `model-00001-of-00003.safetensors` and so on, each with the next tensors that fit, and
 //! `model.safetensors.index.json`. With adapters `adapter_model.safetensors`, which PEFT reads from one file only, and
-//! `adapter_config.json`. Beside them `config.json`, `tokenizer.json`, `generation_config.json` and the tokenizer's other
-//! files, all but the first only if the checkpoint has them. The bytes depend on the weights alone: checkpoints of equal
-//! weights give equal files, whatever the world size that wrote them.
+//! `adapter_config.json`. Beside them `config.json`, `tokenizer.json`, `generation_config.json` and the tokenizer's
+//! other files, all but the first only if the checkpoint has them. The bytes depend on the weights alone: checkpoints
+//! of equal weights give equal files, whatever the world size that wrote them.
 //!
 //! # Element types
 //! Weights are written as they are stored, or in the type that [`Form::dtype`] asks for. For fp32 the checkpoint's fp32
 //! values are taken where it has them beside rounded ones; 16-bit values without them are written exactly, and counted
-//! in [`Exported::origins`]. For bf16 each value is rounded once; where a checkpoint has rounded ones, these are the fp32
-//! values rounded once. Integers stay integers. `config.json` names the type, if all weights have the same.
+//! in [`Exported::origins`]. For bf16 each value is rounded once; where a checkpoint has rounded ones, these are the
+//! fp32 values rounded once. Integers stay integers. `config.json` names the type, if all weights have the same.
 //!
 //! # Memory
-//! Tensors are read in parts; every byte is downloaded once and verified. A folder on disk needs memory for the parts in
-//! flight; an export to another store for one file more. A tensor that is changed is in memory whole.
+//! Tensors are read in parts; every byte is downloaded once and verified. A folder on disk needs memory for the parts
+//! in flight; an export to another store for one file more. A tensor that is changed is in memory whole.
 //!
-//! *Crash, cancel:* a local export grows in `.<name>.partial-…` beside the folder and is renamed when it is complete and
-//! on disk. In a store what an earlier export left there is removed first, its `config.json` before everything else, and
-//! the new one is put last: in between the folder is no model. *Retry:* call again.
+//! *Crash, cancel:* a local export grows in `.<name>.partial-…` beside the folder and is renamed when it is complete
+//! and on disk. In a store what an earlier export left there is removed first, its `config.json` before everything else,
+//! and the new one is put last: in between the folder is no model. *Retry:* call again.
 
 mod fill;
 mod folder;
@@ -281,8 +281,8 @@ impl Work {
     }
 }
 
-/// Removes what an earlier export left in a folder of a store, but for `kept`, whose files are about to be written: first
-/// what makes it a model, so that nothing in between looks complete.
+/// Removes what an earlier export left in a folder of a store, but for `kept`, whose files are about to be written:
+/// first what makes it a model, so that nothing in between looks complete.
 async fn clear(to: &Store, kept: &[String]) -> Result<(), CheckpointError> {
     if to.head(layout::MANIFEST).await.is_ok() {
         return Err(CheckpointError::IsACheckpoint { folder: to.uri() });

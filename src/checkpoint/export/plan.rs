@@ -81,7 +81,8 @@ impl Origins {
     }
 }
 
-/// All tensors of `inputs`, as `asked`; `masters`: files that may hold weights in fp32, with those files' first index.
+/// All tensors of `inputs`, as `asked`. `masters`: the indices of files of moments, behind those of weights; they may
+/// hold weights in fp32.
 pub(super) fn of_files(
     inputs: &[Input],
     masters: Range<usize>,
@@ -172,8 +173,8 @@ pub(super) fn of_model(
     Ok((tensors, origins))
 }
 
-/// Lays tensors out in files of at most `max` bytes of tensors each; one that is longer has a file of its own. `whole` is
-/// the name of the file if one is enough; several are numbered.
+/// Lays tensors out in files of at most `max` bytes of tensors each; one that is longer has a file of its own. `whole`
+/// is the name of the file if one is enough; several are numbered.
 pub(super) fn lay_out(mut tensors: Vec<Planned>, max: u64, whole: &str) -> Result<Vec<Output>, CheckpointError> {
     tensors.sort_by(|a, b| header::file_order((a.written, &a.name), (b.written, &b.name)));
     let mut files: Vec<Vec<Planned>> = vec![Vec::new()];

@@ -9,8 +9,8 @@
 //! first [`KEPT`] ranks a generation, and a put that takes longer than [`PUT`] is given up. Without NCCL there is no
 //! pipe, and nothing is waited for.
 //!
-//! Those of the [`INCIDENTS`] newest generations that left any are kept, of all nodes; the leader deletes the others when
-//! it has kept its own. So they take little room, and a listing of the heartbeats beside them stays short.
+//! Those of the [`INCIDENTS`] newest generations that left any are kept, of all nodes; the leader deletes the others
+//! when it has kept its own. So they take little room, and a listing of the heartbeats beside them stays short.
 //!
 //! *Crash, cancel:* traces are lost, or older ones stay: the next leader that keeps its own lists and deletes them.
 //! *Retry:* none.

@@ -3,7 +3,8 @@
 //! The nodes that lived through the last generations ([`Neighbours`]) are asked side by side what they lend
 //! ([`Neighbours::ask`]). Each file that is lacking is then read from the one that has least to give so far
 //! ([`share`]), one file after the other from each node, side by side over the nodes. A file that one node could not
-//! give is asked of one more that has it, when all have given what they were asked for: memory is nearer than the store.
+//! give is asked of one more that has it, when all have given what they were asked for: memory is nearer than the
+//! store.
 //!
 //! # Invariant
 //! No node is trusted: a file counts as there when the checksum that was computed over the bytes as they were written

@@ -149,7 +149,8 @@ impl Work {
         if is_new && differs && concerns {
             if self.known.is_new_kind(&group.kind) {
                 let (its, ours) = (&group.kind, &self.me.kind);
-                tracing::warn!(%node, %its, %ours, "nodes of another kind than the leader's stay outside: parallel.mixed");
+                let rule = "nodes of another kind than the leader's stay outside: parallel.mixed";
+                tracing::warn!(%node, %its, %ours, "{rule}");
             }
         } else if is_new && leads && self.seat.newest().is_some_and(|roster| !roster.has(node)) {
             tracing::info!(%node, workers = group.workers, "a node waits to join: it can at the next checkpoint");

@@ -35,8 +35,8 @@ use super::{marks::Rendering, special::Unfit, templates::Chosen, tokenizer::Text
 pub(super) const MESSAGES: &str = "messages";
 /// The field that holds the tools of a chat.
 pub(super) const TOOLS: &str = "tools";
-/// The fields for an assistant's thoughts, as transformers knows them.
-const THOUGHTS: [&str; 3] = ["reasoning_content", "reasoning", "thinking"];
+/// The fields for an assistant's thoughts, as transformers knows them: the first one that is there counts.
+const THOUGHTS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// A chat as ids.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -203,11 +203,13 @@ impl Chats {
         let thoughts =
             THOUGHTS.iter().find_map(|name| marked.iter().find(|(key, _)| key == name)).map(|(_, value)| value.clone());
         if let Some(thoughts) = thoughts {
-            if !marked.iter().any(|(key, _)| key == "thinking") {
-                marked.insert(0, ("thinking".into(), thoughts.clone()));
+            // The places of the two fields are those of `{"thinking": …, **message, "reasoning_content": …}`.
+            let own = marked.iter().position(|(key, _)| key == "thinking").map(|at| marked.remove(at));
+            marked.insert(0, own.unwrap_or_else(|| ("thinking".into(), thoughts.clone())));
+            match marked.iter_mut().find(|(key, _)| key == THOUGHTS[0]) {
+                Some((_, value)) => *value = thoughts,
+                None => marked.push((THOUGHTS[0].into(), thoughts)),
             }
-            marked.retain(|(key, _)| key != THOUGHTS[0]);
-            marked.push((THOUGHTS[0].into(), thoughts));
         }
         Ok(Json::Object(marked))
     }

@@ -299,6 +299,24 @@ fn chats_with_tools_have_their_own_template_and_others_need_one() {
     assert_eq!(sums(&sources(Some(&plain), &plain)), (first, None));
 }
 
+/// `{"thinking": reasoning, **message, "reasoning_content": reasoning}` of the first of three fields, in transformers.
+#[test]
+fn thoughts_have_the_names_and_places_that_transformers_gives_them() {
+    let source = "{% for m in messages %}{% for key, value in m.items() %}{{ key[:3] }}:{{ value }} {% endfor %}\
+                  {% generation %}{% endgeneration %}</s>{% endfor %}";
+    for (fields, expected) in [
+        (r#""content": "c", "reasoning": "r""#, "thi:r rol:assistant con:c rea:r rea:r "),
+        (r#""reasoning": "r", "thinking": "t""#, "thi:t rol:assistant rea:r rea:t "),
+        (r#""reasoning_content": "n", "content": "c", "thinking": "t""#, "thi:t rol:assistant rea:n con:c "),
+        (r#""thinking": null, "content": "c""#, "rol:assistant con:c "),
+    ] {
+        let record = format!(r#"{{"messages": [{{"role": "assistant", {fields}}}]}}"#);
+        let found = of_source(source, &[]).encode(&tokenizer(), &record).unwrap();
+        let text = tokenizer().decode(&found.ids).unwrap();
+        assert_eq!(text.strip_suffix("</s>"), Some(expected), "{fields}");
+    }
+}
+
 /// A chat of these roles and texts.
 fn chat_of(messages: &[(&str, &str)]) -> String {
     let messages: Vec<Value> =
@@ -378,7 +396,8 @@ fn a_call_behind_a_text_belongs_to_the_turn_and_a_later_turn_does_not() {
 
     // Its end is another token where others follow: what is found must not reach into them.
     const OTHER_END: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}\
-                             {{ m.tool_calls | tojson if m.tool_calls }}{{ '</s>' if loop.last else '<|im_end|>' }}\
+                             {{ m.tool_calls | tojson if m.tool_calls }}\
+                             {{ '</s>' if loop.last and not add_generation_prompt else '<|im_end|>' }}\
                              {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
     assert!(refused(&of_source(OTHER_END, &[]), &called("")).contains("message 2) that can't be found"));
 }

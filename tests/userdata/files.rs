@@ -439,12 +439,20 @@ fn pods_ask_for_spot_nodes_and_nobody_moves_them() {
         let annotations = &metadata["annotations"];
         assert_eq!(annotations["karpenter.sh/do-not-disrupt"], "true", "{name}");
         assert_eq!(annotations["cluster-autoscaler.kubernetes.io/safe-to-evict"], "false", "{name}");
-        let tolerated: Vec<_> =
-            pod["tolerations"].as_array().expect("tolerations").iter().filter_map(|one| one["key"].as_str()).collect();
         // https://learn.microsoft.com/azure/aks/spot-node-pool
         // https://cloud.google.com/kubernetes-engine/docs/concepts/spot-vms
-        for taint in ["kubernetes.azure.com/scalesetpriority", "cloud.google.com/gke-spot", "nvidia.com/gpu"] {
-            assert!(tolerated.contains(&taint), "{name}: {tolerated:?}");
+        let tolerated: Vec<_> = pod["tolerations"]
+            .as_array()
+            .expect("tolerations")
+            .iter()
+            .map(|one| (one["key"].as_str(), one["value"].as_str(), one["effect"].as_str()))
+            .collect();
+        for (key, value) in [
+            ("kubernetes.azure.com/scalesetpriority", Some("spot")),
+            ("cloud.google.com/gke-spot", Some("true")),
+            ("nvidia.com/gpu", None),
+        ] {
+            assert!(tolerated.contains(&(Some(key), value, Some("NoSchedule"))), "{name}: {tolerated:?}");
         }
         let terms =
             &pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"];

@@ -34,7 +34,7 @@ fn commands(page: &str, begin: &str, end: &str) -> Vec<String> {
 }
 
 /// A clone of the repository, as far as the commands look at it, and a shell in it.
-struct Clone {
+struct Checkout {
     dir: tempfile::TempDir,
     endpoint: String,
 }
@@ -49,7 +49,7 @@ const DOCKER: &str = "#!/bin/sh\necho \"docker $*\" >>\"$HOME/calls\"\ncase $1 i
     '{\"schemaVersion\":2,\"mediaType\":\"application/vnd.docker.distribution.manifest.v2+json\",\n\
     \"config\":{\"digest\":\"sha256:1\"},\"layers\":[]}' >/dev/null ;; esac\n";
 
-impl Clone {
+impl Checkout {
     fn new(moto: &Moto) -> Option<Self> {
         let tools = moto::tools()?;
         let clone = Self { dir: tempfile::tempdir().expect("a folder"), endpoint: moto.endpoint() };
@@ -107,7 +107,7 @@ fn the_first_run_works_as_the_page_says_it() {
     let begin = commands(&page, "## First run on AWS\n", "**Watch it:**");
     assert!((1..=8).contains(&begin.len()), "{} commands: {begin:#?}", begin.len());
     let Some(moto) = Moto::start("other") else { return };
-    let Some(clone) = Clone::new(&moto) else { return };
+    let Some(clone) = Checkout::new(&moto) else { return };
     let images = moto.query("ec2", "2016-11-15", "DescribeImages", &[]);
     let image = serde_json::json!({"Name": "/images/gpu", "Value": tagged(&images, "imageId"), "Type": "String"});
     moto.json("ssm", "AmazonSSM.PutParameter", &image);
@@ -183,7 +183,7 @@ fn the_sample_fits_the_gpu_that_the_page_asks_for() {
 #[test]
 fn publishing_an_image_prints_its_digest_and_nothing_else() {
     let Some(moto) = Moto::start("other") else { return };
-    let Some(clone) = Clone::new(&moto) else { return };
+    let Some(clone) = Checkout::new(&moto) else { return };
     let publish = |arguments: &str| clone.types(&[format!("scripts/publish-image {arguments}")]);
     let output = publish("");
     assert_eq!(output.status.code(), Some(64), "{}", said(&output));
@@ -218,7 +218,7 @@ fn publishing_an_image_prints_its_digest_and_nothing_else() {
 #[test]
 fn the_stack_is_created_and_deleted_with_other_parameters() {
     let Some(moto) = Moto::start("other") else { return };
-    let Some(clone) = Clone::new(&moto) else { return };
+    let Some(clone) = Checkout::new(&moto) else { return };
     let images = moto.query("ec2", "2016-11-15", "DescribeImages", &[]);
     let image = serde_json::json!({"Name": "/images/gpu", "Value": tagged(&images, "imageId"), "Type": "String"});
     moto.json("ssm", "AmazonSSM.PutParameter", &image);
@@ -227,7 +227,8 @@ fn the_stack_is_created_and_deleted_with_other_parameters() {
     let deploy = |name: &str, parameters: &str| {
         format!(
             "export AWS_REGION=us-east-1; aws cloudformation deploy --stack-name {name} --capabilities CAPABILITY_IAM \
-             --template-file userdata/aws/stack.yaml --parameter-overrides {network} SsmPath=/trainer/{name} {parameters}"
+             --template-file userdata/aws/stack.yaml --parameter-overrides {network} SsmPath=/trainer/{name} \
+             {parameters}"
         )
     };
     let many = "BucketName=variant-one 'Config=[train]\nsteps = 1' ApiPort=8443 Versioning=Suspended DiskGiB=200 \
@@ -235,7 +236,11 @@ fn the_stack_is_created_and_deleted_with_other_parameters() {
         Image=registry/image Nodes=2:4";
     let bundle =
         format!("ConfigUri=s3://c/r.toml Work=loop OnFailure=keep Bundle=s3://b/x BundleSha256={}", "0".repeat(64));
-    let variants = [("one", many), ("two", &bundle), ("three", "Work=queue Versioning=Off OnDemandBase=1 MaxSize=3 AlarmEmail=a@example.com")];
+    let variants = [
+        ("one", many),
+        ("two", &bundle),
+        ("three", "Work=queue Versioning=Off OnDemandBase=1 MaxSize=3 AlarmEmail=a@example.com"),
+    ];
     for (name, parameters) in variants {
         expect_success(&clone.types(&[deploy(name, parameters)]));
     }

@@ -11,7 +11,7 @@
 #     cat userdata/aws/user-data.sh; } | gzip -9 >/tmp/user-data.gz
 #   aws ec2 run-instances --launch-template LaunchTemplateId=lt-… --user-data fileb:///tmp/user-data.gz
 #
-# The template names type, network, role and spot; that of stack.yaml (its output SpotTemplate) has User Data already.
+# The template names type, network, role and spot; that of stack.yaml (its output SpotTemplateId) has User Data already.
 #
 # Costs: the machine's price an hour x hours, its disk, what it logs.
 # Removal: terminate the machine.

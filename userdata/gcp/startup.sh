@@ -131,7 +131,7 @@ after() {
     if ! over; then return 0; fi
     if [ "${EXIT_CODE:-}:${EXIT_STATUS:-}" != exited:0 ]; then
         say "giving up: ended with ${EXIT_CODE:-} ${EXIT_STATUS:-}, and a restart would not help"
-        keep_log || say "warning: the last lines are not in the bucket"
+        timeout 25 "$0" keep_log || say "warning: the last lines are not in the bucket"
     fi
     group=$(ask instance/attributes/created-by) || return 0
     self=$(ask instance/zone)/instances/$(ask instance/name)
@@ -162,8 +162,8 @@ RestartForceExitStatus=69 75 76 79
 RestartPreventExitStatus=64 65 77 78
 SuccessExitStatus=75
 KillMode=mixed
-# For leaving the group; docker stop ends the container.
-TimeoutStopSec=90
+# For the log and for leaving the group; docker stop ends the container.
+TimeoutStopSec=120
 # Cloud Logging keeps the console of a machine that is gone.
 StandardOutput=journal+console
 StandardError=journal+console
@@ -175,6 +175,6 @@ UNIT
     systemctl start --no-block trainer.service
 }
 case ${1:-boot} in
-boot | run | after) "${1:-boot}" ;;
+boot | run | after | keep_log) "${1:-boot}" ;;
 *) die 64 "unknown command $1" "boot, run or after" ;;
 esac

@@ -148,8 +148,33 @@ fn told(error: &Error) -> String {
 /// `strftime_now` on a fixed day, at midnight.
 fn strftime(date: Option<Date>, format: &str) -> Result<String, Error> {
     let Some(date) = date else { return Err(Error::new(ErrorKind::InvalidOperation, NO_DATE)) };
-    jiff::fmt::strtime::format(format, date.at(0, 0, 0, 0))
-        .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {error}")))
+    let failed = |reason: String| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {reason}"));
+    let format = as_in_c(format).map_err(failed)?;
+    jiff::fmt::strtime::format(format, date.at(0, 0, 0, 0)).map_err(|error| failed(error.to_string()))
+}
+
+/// The directives that depend on a locale, as those of C's, and the microseconds of midnight.
+fn as_in_c(format: &str) -> Result<String, String> {
+    let mut expanded = String::with_capacity(format.len());
+    let mut letters = format.chars();
+    while let Some(letter) = letters.next() {
+        if letter != '%' {
+            expanded.push(letter);
+            continue;
+        }
+        match letters.next() {
+            Some('c') => expanded.push_str("%a %b %e %H:%M:%S %Y"),
+            Some('x') => expanded.push_str("%m/%d/%y"),
+            Some('f') => expanded.push_str("000000"),
+            Some(flag @ ('-' | '_' | '0' | '^' | '#')) => match letters.clone().next() {
+                Some(directive @ ('c' | 'x' | 'f')) => return Err(format!("%{flag}{directive} is not known")),
+                _ => expanded.extend(['%', flag]),
+            },
+            Some(other) => expanded.extend(['%', other]),
+            None => expanded.push('%'),
+        }
+    }
+    Ok(expanded)
 }
 
 /// A `{% generation %}` block: its text, between the marks of a turn.
@@ -256,6 +281,7 @@ mod tests {
             ("x  {%- generation -%}\n b {%- endgeneration -%}  y", &format!("x{turn}y")),
             ("{{ none }} {{ true }} {{ messages[0].n }}", "None True 1.0"),
             ("{{ strftime_now('%d %b %Y, %A') }}", "05 Mar 2026, Thursday"),
+            ("{{ strftime_now('%c|%x|%f|%%f %-d') }}", "Thu Mar  5 00:00:00 2026|03/05/26|000000|%f 5"),
             ("{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ tools is none }}", "True"),
             ("{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 2 %}{{ ns.n }}", "2"),
             ("a\r\n{% if true %}\r\nb{{ 'c\r\nd' | length }}\r{% endif %}\r\n", "a\nb3\n"),
@@ -268,6 +294,7 @@ mod tests {
     fn what_a_template_refuses_or_can_not_do_is_told() {
         assert_eq!(refused("{{ raise_exception('no ' + messages[0].role) }}"), format!("{RAISED}no user"));
         assert_eq!(refused("{{ strftime_now('%Y') }}"), "date");
+        assert!(matches!(rendered("{{ strftime_now('%-f') }}", "[]", Some("2026-03-05")), Err(Failure::Chat(_))));
         for (source, said) in [
             ("{% if %}", "can't be read"),
             ("\n{{ messages[0].content.nope() }}", "line 2 of the template"),

@@ -352,7 +352,8 @@ fn neither_a_header_nor_the_end_of_a_whole_chat_is_a_target() {
     let echo = [("user", "a"), ("assistant", "x A:y"), ("user", "c"), ("assistant", "A:A:")];
     let no_answer = [("user", "a"), ("assistant", "b"), ("user", "c")];
     let silent = [("user", "a"), ("assistant", "")];
-    let cases: [(&str, &[(&str, &str)], &[&str]); 13] = [
+    type TurnCase<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a [&'a str]);
+    let cases: [TurnCase<'_>; 13] = [
         (NO_PROMPT, &two, &[" b\n<|im_end|>", "d<|im_end|>"]),
         (NO_PROMPT, &first, &["b<|im_end|>", "d<|im_end|>"]),
         (INSIDE, &first, &["b</s>", "d</s>"]),

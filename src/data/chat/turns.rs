@@ -164,7 +164,8 @@ impl Search<'_> {
         let (Some(mut start), Some(end)) = (start, end.filter(|end| *end > after)) else { return Err(unknown()) };
         // Blanks that the text begins with, if the template leaves them: without them it begins where they do.
         if let Some(bare) = with_marks(message, true)
-            && let Some((before, _)) = self.with(at, bare)?.split_once(TURN)
+            && let Ok(whole) = self.with(at, bare)
+            && let Some((before, _)) = whole.split_once(TURN)
             && before.len() < start
             && text.starts_with(before)
         {

@@ -88,8 +88,15 @@ struct Worker {
 }
 
 impl Worker {
-    /// The train loop: readable from here to its end. `measure`: the state that was loaded, first of all.
     fn train(mut self, orders: link::Orders, saves: &[SaveOrder], measure: bool) -> Result<Never> {
+        let ended = self.run(orders, saves, measure);
+        // Its peers see its connections close when it is dropped: not before the agent has heard why. The process ends.
+        std::mem::forget(self);
+        ended
+    }
+
+    /// The train loop: readable from here to its end. `measure`: the state that was loaded, first of all.
+    fn run(&mut self, orders: link::Orders, saves: &[SaveOrder], measure: bool) -> Result<Never> {
         let gate = Arc::new(StepGate::new(self.done, self.last));
         gate.thaw(saves, None);
         orders.serve(self.link.clone(), Arc::clone(&gate))?;

@@ -6,8 +6,9 @@
 //! `model-00001-of-00003.safetensors` and so on, each with the next tensors that fit, and
 //! `model.safetensors.index.json`. With adapters `adapter_model.safetensors`, which PEFT reads from one file only, and
 //! `adapter_config.json`. Beside them `config.json`, `tokenizer.json`, `generation_config.json` and the tokenizer's
-//! other files, all but the first only if the checkpoint has them. The bytes depend on the weights alone: checkpoints
-//! of equal weights give equal files, whatever the world size that wrote them.
+//! other files, all but the first only if the checkpoint has them; or `task.json` alone, beside the weights of a
+//! program's own task. The bytes depend on the weights alone: checkpoints of equal weights give equal files, whatever
+//! the world size that wrote them.
 //!
 //! # Element types
 //! Weights are written as they are stored, or in the type that [`Form::dtype`] asks for. For fp32 the checkpoint's fp32

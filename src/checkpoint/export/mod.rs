@@ -21,8 +21,8 @@
 //! in flight; an export to another store for one file more. A tensor that is changed is in memory whole.
 //!
 //! *Crash, cancel:* a local export grows in `.<name>.partial-…` beside the folder and is renamed when it is complete
-//! and on disk. In a store what an earlier export left there is removed first, its `config.json` before everything else,
-//! and the new one is put last: in between the folder is no model. *Retry:* call again.
+//! and on disk. In a store what an earlier export left there is removed first, its `config.json` before all else, and
+//! the new one is put last: in between the folder is no model. *Retry:* call again.
 
 mod fill;
 mod folder;
@@ -221,7 +221,7 @@ impl Work {
         let files: Vec<String> = weights.chain(self.small.iter().map(|(name, _)| name.clone())).collect();
         let origins = self.origins;
         match target {
-            Target::Folder(path) => self.to_folder(path, progress).await?,
+            Target::Folder(path) => self.into_folder(path, progress).await?,
             Target::Store(to) => {
                 clear(to, &files).await?;
                 for file in &self.files {
@@ -258,7 +258,7 @@ impl Work {
     }
 
     /// Writes the folder beside its place and moves it there.
-    async fn to_folder(self, path: &Path, progress: &(impl Fn(u64) + Send + Sync)) -> Result<(), CheckpointError> {
+    async fn into_folder(self, path: &Path, progress: &(impl Fn(u64) + Send + Sync)) -> Result<(), CheckpointError> {
         let partial = Partial::create(path)?;
         for output in &self.files {
             let to = partial.path.join(&output.name);

@@ -1,8 +1,8 @@
 //! A node that holds up the last save of a group that was asked to stop: a pure decision.
 //!
 //! Nobody trains any more, and no deadline says how long the save may take: a person has asked, nodes wait to join, or
-//! a node leaves that has time. The store's own retries and the save's tries then take many minutes for one node that is
-//! cut off from the store, while all others wait. So the save is given up when, for a time
+//! a node leaves that has time. The store's own retries and the save's tries then take many minutes for one node that
+//! is cut off from the store, while all others wait. So the save is given up when, for a time
 //! ([`finish::limit`](crate::agent::finish::limit)), it has not come further than ever before, and only some nodes'
 //! parts are to blame: others' have ended well meanwhile.
 //!

@@ -1,8 +1,8 @@
 //! What a node knows of the others of its run: what their heartbeats say, and why links to them ended.
 //!
 //! Whoever may write into the run's folder, or knock at the port, adds to it. So there is a bound: of more than
-//! [`MOST`] nodes those are forgotten first that have left, then those that were met longest ago. A member of the newest
-//! generation may be among them; the journal has its address and key, too.
+//! [`MOST`] nodes those are forgotten first that have left, then those that were met longest ago. A member of the
+//! newest generation may be among them; the journal has its address and key, too.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -7,7 +7,7 @@
 use std::ffi::OsString;
 
 /// Our variables and their meanings. A flag wins over its variable.
-pub const OURS: [(&str, &str); 20] = [
+pub const OURS: [(&str, &str); 21] = [
     ("TRAINER_ALLOW", "what messages of a queue may name; as --allow, separated by commas"),
     ("TRAINER_AUTO_SCALING_GROUP", "the group of this machine, if its tags can't be read"),
     ("TRAINER_AZURE_METADATA_ENDPOINT", "the address of Azure's metadata service, or `off`"),
@@ -15,6 +15,7 @@ pub const OURS: [(&str, &str); 20] = [
     ("TRAINER_CUDA", "scripts/setup: which flavour of LibTorch to fetch"),
     ("TRAINER_FAULTS", "crash points, for tests"),
     ("TRAINER_GPU", "`none`: compute on the CPU although the machine has GPUs"),
+    ("TRAINER_GROUP", "the Auto Scaling group of `wake` and `stop`; as --group"),
     ("TRAINER_HOST_ROOT", "the folder of the machine's /sys, /proc and /dev, in a container that has them elsewhere"),
     ("TRAINER_LIFECYCLE_HOOK", "the hook of the group that delays this machine's end"),
     ("TRAINER_LOG", "which log lines to write, such as debug or trainer::storage=debug"),

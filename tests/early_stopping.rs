@@ -243,9 +243,9 @@ fn the_held_out_loss_of_each_source_is_told_and_kept() {
         }
     }
     let key = lab.keys("2", "journal/");
-    let committed =
+    let mut committed =
         key.iter().map(|key| serde_json::from_slice::<Value>(&lab.read("2", key)).unwrap()["record"].clone());
-    let committed = committed.filter(|record| record["kind"] == "committed").last().expect("a checkpoint");
+    let committed = committed.rfind(|record| record["kind"] == "committed").expect("a checkpoint");
     for (source, loss) in &two.last().expect("measured").1 {
         assert_eq!(committed["metrics"][format!("held_out/{source}")], *loss, "{committed}");
     }

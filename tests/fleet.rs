@@ -1,5 +1,5 @@
-//! `trainer wake`, `trainer stop`, and what `trainer doctor` asks before there is a machine, with moto's Auto Scaling, SQS,
-//! EC2 and ECR.
+//! `trainer wake`, `trainer stop`, and what `trainer doctor` asks before there is a machine, with moto's Auto Scaling,
+//! SQS, EC2 and ECR.
 
 use serde_json::{Value, json};
 

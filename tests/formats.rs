@@ -2,7 +2,8 @@
 //!
 //! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` to `v6/` what later versions
 //! have added, `task-6/` what version 6 has for programs with a task of their own, `dataset-2/` what format 2 of
-//! datasets has, `dataset-sources/` what sources add to a dataset. They never change: a new version gets its own folder.
+//! datasets has, `dataset-sources/` what sources add to a dataset. They never change: a new version gets its own
+//! folder.
 //! `fixtures/formats/hostile/` holds objects that once looked dangerous.
 //! All are read by the same functions that read the store.
 

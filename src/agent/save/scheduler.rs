@@ -300,8 +300,8 @@ impl Scheduler {
         self.consider(now)
     }
 
-    /// What `step` has computed is no state to go on from: neither its snapshot nor a later one is uploaded, even if all
-    /// ranks say later that they have captured it.
+    /// What `step` has computed is no state to go on from: neither its snapshot nor a later one is uploaded, even if
+    /// all ranks say later that they have captured it.
     pub fn condemn(&mut self, step: Step) {
         for slot in &mut self.slots {
             if matches!(*slot, SlotState::Ordered { step: of, .. } | SlotState::Full { step: of } if of >= step) {

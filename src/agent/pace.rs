@@ -9,7 +9,7 @@
 //! |---|---|
 //! | nothing | 5 minutes |
 //! | the usual step, and the slowest first one | 20 usual or 4 first ones, at least 2 minutes |
-//! | so many generations in a row have ended in their first step | the same, doubled as often; at most 10 minutes |
+//! | N generations in a row have ended in their first step | the same, doubled N times; at most 10 minutes |
 //!
 //! The last line makes a limit that was too short harmless: it costs a generation, and the next one has twice the time,
 //! up to the limit that held before anything was learned. A world with fewer ranks has longer steps, in proportion;
@@ -78,7 +78,7 @@ impl Pace {
         doubled.min(MOST).max(usual.unwrap_or_default())
     }
 
-    /// A step was finished, in so many seconds.
+    /// A step was finished, in this many seconds.
     pub fn step(&mut self, seconds: f64) {
         if !seconds.is_finite() || seconds < 0.0 {
             return;

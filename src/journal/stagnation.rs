@@ -80,7 +80,7 @@ impl Stagnation {
 /// Why a run has ended before its last step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EarlyStop {
-    /// So many validations in a row have not lowered the loss.
+    /// The number of validations in a row that have not lowered the loss.
     pub validations: u32,
     /// By more than this.
     #[serde(with = "float")]

@@ -55,8 +55,8 @@ pub trait Lesson {
     /// The sums that [`Lesson::measure`] fills: one for each source of held-out samples, or one without a name.
     fn sums(&self) -> Vec<HeldOutSum>;
 
-    /// Adds to `sums` what is measured of these of `count` held-out samples. What is added is rounded to [`LOSS_UNIT`],
-    /// so that a sum is the same whatever ranks and batches it is made of.
+    /// Adds to `sums` what is measured of these of `count` held-out samples. What is added is rounded to
+    /// 2⁻²⁴, so that a sum is the same whatever ranks and batches it is made of.
     fn measure(&mut self, samples: Range<u64>, count: u64, sums: &mut [HeldOutSum]) -> Result<()>;
 }
 

@@ -127,7 +127,7 @@ impl Tally {
 /// Why a save was given up, in words for the record of the next generation.
 #[derive(Clone, Copy, Debug)]
 pub enum Reason {
-    /// So many in a row failed.
+    /// This many in a row failed.
     Failed(u32),
     /// It did not end, or come further, in this many seconds, while the generation waited for it.
     Unfinished(u64),

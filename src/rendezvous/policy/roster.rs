@@ -74,7 +74,7 @@ pub enum Why {
     },
     /// The group died of it N times at one step.
     Kills(u32),
-    /// So many of its saves failed in a row.
+    /// This many of its saves failed in a row.
     Saves(u32),
     /// It and this member don't reach each other.
     Unreachable(NodeId),

@@ -1,12 +1,14 @@
 //! Whether a node leaves a group because its own workers kill it again and again: a pure decision.
 //!
 //! Each node judges itself, by what it alone sees at first hand: which of its own workers died, and how. A worker that
-//! dies because another one has, whose collectives broke, is not at fault; nor is one that the agent has killed. In a
-//! group of one, and where too few nodes would be left, `restart` decides alone, as for a run of one node.
+//! dies because another one has, whose collectives broke, is not at fault; nor is one that the agent has killed. What
+//! others say of a death may be heard before the death itself: a worker that was dead when the agent killed all of its
+//! group counts. In a group of one, and where too few nodes would be left, `restart` decides alone, as for a run of one
+//! node.
 
 use std::collections::BTreeMap;
 
-use super::workers::WorkerEvent;
+use super::workers::{KILLED, WorkerEvent};
 use crate::{
     error::{Error, Kind},
     ids::{Rank, Step},
@@ -66,8 +68,11 @@ impl Blame {
     /// A worker of this node has ended, and the agent had not asked it to. `said`: its own word before, if it gave one.
     /// `Some`: this node leaves, and why.
     pub fn died(&mut self, step: Step, rank: Rank, why: &str, said: Option<&str>) -> Option<String> {
+        if follows_another(why) || said.is_some_and(follows_another) {
+            return None;
+        }
         // Of several ranks that die together one counts.
-        if std::mem::replace(&mut self.died, true) || follows_another(why) || said.is_some_and(follows_another) {
+        if std::mem::replace(&mut self.died, true) {
             return None;
         }
         let why = said.map_or_else(|| why.to_owned(), |said| format!("{said}; it {why}"));
@@ -85,23 +90,17 @@ pub struct Watch<'a> {
     blame: &'a mut Blame,
     finished: Step,
     said: BTreeMap<Rank, String>,
-    killed: bool,
 }
 
 impl<'a> Watch<'a> {
     /// Of workers that load the state of step `loaded`.
     pub fn new(blame: &'a mut Blame, loaded: Step) -> Self {
-        Self { blame, finished: loaded, said: BTreeMap::new(), killed: false }
+        Self { blame, finished: loaded, said: BTreeMap::new() }
     }
 
     /// The last step that a worker has finished.
     pub const fn finished(&self) -> Step {
         self.finished
-    }
-
-    /// The agent ends them: from here on their deaths say nothing.
-    pub fn kills(&mut self) {
-        self.killed = true;
     }
 
     /// `Some`: this node leaves, and why.
@@ -111,7 +110,7 @@ impl<'a> Watch<'a> {
             WorkerEvent::Message(rank, FromWorker::Failed { message, .. }) => {
                 self.said.entry(*rank).or_insert_with(|| message.clone());
             }
-            WorkerEvent::Exited(rank, why) if !self.killed => {
+            WorkerEvent::Exited(rank, why) if why != KILLED => {
                 return self.blame.died(self.finished, *rank, why, self.said.get(rank).map(String::as_str));
             }
             _ => {}

@@ -187,6 +187,7 @@ pub async fn run(
             Some(put) = puts.recv() => follower.put(put),
             word = heard.recv() => match word {
                 Some(LeaderHeard::Said(ToMember::Over { dismisses, ends_the_run })) => {
+                    follower.hear_the_dead(&mut answers).await;
                     let (leaving, finished) = (follower.leaving.is_some(), follower.watch.finished());
                     let (hands_over, unfit) = (follower.hands_over.take(), follower.unfit.take());
                     let blamed = follower.blamed.take();
@@ -243,6 +244,7 @@ pub async fn run(
             Err(()) => tracing::info!("the lost leader's save was not finished in time"),
         }
     }
+    follower.hear_the_dead(&mut answers).await;
     let (leaves, finished, blamed) = (follower.leaving.is_some(), follower.watch.finished(), follower.blamed.take());
     follower.end(false).await?;
     if let Some(why) = blamed.filter(|_| !leaves) {
@@ -432,8 +434,23 @@ impl Follower<'_> {
 
     /// The workers compute nothing any more: their collectives are broken. Their slots stay.
     fn kill(&mut self) {
-        self.watch.kills();
         let _ = self.node.perform(Order::Kill);
+    }
+
+    /// The generation is over. Others' words about a death may have come before it: one of the workers that this node
+    /// has killed may have died of its own.
+    async fn hear_the_dead(&mut self, answers: &mut Answers) {
+        if self.leaving.is_some() {
+            return;
+        }
+        self.node.killed().await;
+        while let Some(event) = answers.ready() {
+            if let Event::Worker(event) = &event
+                && let Some(why) = self.watch.hears(event)
+            {
+                self.blamed = Some(why);
+            }
+        }
     }
 
     /// Finishes the save under way in the leader's place, if all of it is there; its step, if that was done.

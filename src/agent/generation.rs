@@ -341,9 +341,6 @@ pub async fn run(
                 ControlFlow::Continue(answers) => events.extend(answers),
                 ControlFlow::Break(end) => break 'generation end,
             }
-            if lead.has_killed() {
-                watch.kills();
-            }
             events.extend(ended);
             if let Some(why) = lead.hands_over() {
                 let step = machine.finished().unwrap_or_else(|| start.load.step());
@@ -351,6 +348,17 @@ pub async fn run(
             }
         }
     };
+    if matches!(end, Ok(End::Died { .. })) && lead.has_killed() {
+        // Others' words about a death may come before it: one of this node's workers may have died of its own.
+        lead.killed().await;
+        while let Some(event) = answers.ready() {
+            if let Event::Worker(event) = &event
+                && let Some(why) = watch.hears(event)
+            {
+                lead.is_blamed(why);
+            }
+        }
+    }
     *estimates = machine.estimates();
     lead.tells(&mut left.members);
     left.members.blame = blame;

@@ -276,6 +276,11 @@ impl<'a> Lead<'a> {
         }
     }
 
+    /// Waits for a bounded time until this node's workers, which were killed, are gone.
+    pub async fn killed(&mut self) {
+        self.node.killed().await;
+    }
+
     /// Whether the workers were killed.
     pub const fn has_killed(&self) -> bool {
         self.killed

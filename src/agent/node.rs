@@ -237,6 +237,15 @@ impl<'a> Node<'a> {
         }
     }
 
+    /// Waits for a bounded time until the workers that were killed are gone: by then each has said how it ended.
+    pub async fn killed(&mut self) {
+        if let Some(killing) = &mut self.killing
+            && tokio::time::timeout(GONE, killing).await.is_ok()
+        {
+            self.killing = None;
+        }
+    }
+
     /// Another generation may follow; `workers_are_gone`: see [`Slots::end_generation`].
     pub async fn leaves_slots(&mut self, workers_are_gone: bool) -> Result<()> {
         self.slots.end_generation(workers_are_gone).await

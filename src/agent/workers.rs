@@ -9,7 +9,10 @@
 
 use std::{
     collections::VecDeque,
-    os::{fd::OwnedFd, unix::net::UnixStream as StdStream},
+    os::{
+        fd::OwnedFd,
+        unix::{net::UnixStream as StdStream, process::ExitStatusExt},
+    },
     process::{ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -35,6 +38,9 @@ use crate::{
 
 /// The most bytes kept of a line of a worker's standard error.
 const LINE: usize = 16 << 10;
+
+/// Why a process has ended that its agent has killed.
+pub const KILLED: &str = "killed by its agent";
 
 /// An event of a worker.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -196,11 +202,12 @@ fn start_one(
                     }
                 }
             };
-            let (status, ()) = tokio::join!(wait(&mut child, &kill), reading);
+            let ((status, is_ours), ()) = tokio::join!(wait(&mut child, &kill), reading);
             // A grandchild that holds stderr open must not hold us up.
             let _ = tokio::time::timeout(Duration::from_millis(200), listening).await;
             let words = last_words.lock().unwrap_or_else(PoisonError::into_inner).make_contiguous().join(" | ");
-            let _ = events.send(WorkerEvent::Exited(rank, reason(status, &words)));
+            let why = if is_ours { KILLED.to_owned() } else { reason(status, &words) };
+            let _ = events.send(WorkerEvent::Exited(rank, why));
         }
     });
     Ok(Handle { orders, kill, ended })
@@ -234,13 +241,20 @@ async fn read_line(from: &mut (impl AsyncBufRead + Unpin)) -> std::io::Result<Op
     Ok(Some(text))
 }
 
-async fn wait(child: &mut Child, kill: &Notify) -> std::io::Result<ExitStatus> {
+/// Waits for the end of a process, and kills it when told to; with its status, whether that is what ended it. One that
+/// has died before, or is dying of another signal, ended by itself, although its agent did not know it yet.
+async fn wait(child: &mut Child, kill: &Notify) -> (std::io::Result<ExitStatus>, bool) {
     tokio::select! {
-        status = child.wait() => return status,
+        status = child.wait() => return (status, false),
         () = kill.notified() => {}
     }
+    if let Ok(Some(status)) = child.try_wait() {
+        return (Ok(status), false);
+    }
     let _ = child.start_kill();
-    child.wait().await
+    let status = child.wait().await;
+    let is_ours = status.as_ref().is_ok_and(|status| status.signal() == Some(9));
+    (status, is_ours)
 }
 
 async fn read_message(from: &mut (impl AsyncReadExt + Unpin)) -> Option<FromWorker> {
@@ -260,7 +274,6 @@ async fn read_message(from: &mut (impl AsyncReadExt + Unpin)) -> Option<FromWork
 }
 
 fn reason(status: std::io::Result<ExitStatus>, words: &str) -> String {
-    use std::os::unix::process::ExitStatusExt;
     let mut reason = match status {
         Err(error) => format!("exit status unknown: {error}"),
         Ok(status) => match (status.code(), status.signal()) {
@@ -280,6 +293,26 @@ fn reason(status: std::io::Result<ExitStatus>, words: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Its peers' words may reach the agent before the end of the process does, and then the agent kills all.
+    #[tokio::test]
+    async fn a_process_that_died_before_it_was_killed_ended_by_itself() {
+        let start = |script: &str| Command::new("sh").args(["-c", script]).spawn().unwrap();
+        for signal in ["KILL", "SEGV"] {
+            for _ in 0..8 {
+                let (mut child, kill) = (start(&format!("kill -{signal} $$")), Notify::new());
+                let pid = rustix::process::Pid::from_raw(child.id().unwrap() as i32).unwrap();
+                let dead = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT;
+                rustix::process::waitid(rustix::process::WaitId::Pid(pid), dead).unwrap();
+                kill.notify_one();
+                let (status, is_ours) = wait(&mut child, &kill).await;
+                assert!(!is_ours && status.unwrap().signal().is_some(), "{signal}");
+            }
+        }
+        let (mut child, kill) = (start("read line"), Notify::new());
+        kill.notify_one();
+        assert!(wait(&mut child, &kill).await.1, "it would have lived on");
+    }
 
     #[tokio::test]
     async fn lines_that_are_no_text_or_do_not_end_are_read_on() {

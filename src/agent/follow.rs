@@ -448,6 +448,8 @@ impl Follower<'_> {
             if let Event::Worker(event) = &event
                 && let Some(why) = self.watch.hears(event)
             {
+                // The leader waits a moment for it: it would give up the run otherwise.
+                self.say(ToLeader::Blamed { why: why.clone() });
                 self.blamed = Some(why);
             }
         }

@@ -242,19 +242,27 @@ async fn read_line(from: &mut (impl AsyncBufRead + Unpin)) -> std::io::Result<Op
 }
 
 /// Waits for the end of a process, and kills it when told to; with its status, whether that is what ended it. One that
-/// has died before, or is dying of another signal, ended by itself, although its agent did not know it yet.
+/// was dead or dying before ended by itself, although its agent did not know it yet.
 async fn wait(child: &mut Child, kill: &Notify) -> (std::io::Result<ExitStatus>, bool) {
     tokio::select! {
         status = child.wait() => return (status, false),
         () = kill.notified() => {}
     }
-    if let Ok(Some(status)) = child.try_wait() {
-        return (Ok(status), false);
-    }
+    let is_late = child.id().is_none_or(is_exiting);
     let _ = child.start_kill();
     let status = child.wait().await;
-    let is_ours = status.as_ref().is_ok_and(|status| status.signal() == Some(9));
+    let is_ours = !is_late && status.as_ref().is_ok_and(|status| status.signal() == Some(9));
     (status, is_ours)
+}
+
+/// Whether a process has begun to end. Its connections close after that, and only then can it be waited for: a peer may
+/// say first that it is gone. The kernel's flags of its first thread say so (proc_pid_stat(5), `PF_EXITING`).
+fn is_exiting(pid: u32) -> bool {
+    const PF_EXITING: u64 = 0x4;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Behind the name, which may have any character: state, parent, group, session, terminal, its group, flags.
+    let flags = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_whitespace().nth(6)?.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & PF_EXITING != 0)
 }
 
 async fn read_message(from: &mut (impl AsyncReadExt + Unpin)) -> Option<FromWorker> {

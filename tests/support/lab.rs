@@ -340,6 +340,8 @@ backoff = "50ms"
         };
         keys.retain(|key| key.starts_with(prefix));
         keys.sort();
+        // A folder in which a file is replaced meanwhile may list it twice.
+        keys.dedup();
         keys
     }
     /// An object of a run.

@@ -415,7 +415,7 @@ fn strangers_at_the_port_disturb_nobody() {
     leader.held();
     let before = [&leader, &follower].map(|node| most_memory(node.pid()));
     let beats = beats(&lab);
-    assert_eq!(beats.len(), 2);
+    assert_eq!(beats.len(), 2, "{beats:?}");
     let mut silent = Vec::new();
     for beat in &beats {
         let address: SocketAddr = beat["group"]["address"].as_str().expect("an address").parse().expect("an address");

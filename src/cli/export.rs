@@ -260,6 +260,24 @@ mod tests {
     use super::*;
     use crate::{checkpoint::testing::memory_store, history::tests::run_that_pruned};
 
+    #[test]
+    fn a_size_has_decimal_or_binary_units() {
+        for (text, bytes) in [
+            ("5GB", 5_000_000_000),
+            ("500 MB", 500_000_000),
+            ("7KB", 7_000),
+            ("2GiB", 2 << 30),
+            ("3MiB", 3 << 20),
+            ("4KiB", 4 << 10),
+            ("1000", 1000),
+        ] {
+            assert_eq!(shard_size(text), Ok(bytes), "{text}");
+        }
+        for wrong in ["", "0", "0GB", "-1GB", "1.5GB", "5gb", "GB", "99999999999GiB"] {
+            assert!(shard_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
     #[tokio::test]
     async fn a_checkpoint_that_is_pruned_while_it_is_read_is_not_damaged() {
         let root = memory_store();

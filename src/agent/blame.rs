@@ -187,6 +187,32 @@ mod tests {
         assert!(dies("killed by signal 11", None, true));
     }
 
+    /// A neighbour's worker, broken by the same death, ends first: it must not hide the death itself.
+    #[test]
+    fn a_death_counts_although_another_worker_of_the_node_died_of_it_first() {
+        let mut blame = Blame::default();
+        let dies = |blame: &mut Blame| {
+            blame.begins(true);
+            let follows = blame.died(Step(3), Rank(1), "killed by SIGKILL", Some("Connection reset by peer"));
+            assert_eq!(follows, None);
+            blame.died(Step(3), Rank(0), "killed by signal 11", None)
+        };
+        assert!(dies(&mut blame).is_none() && dies(&mut blame).is_none());
+        assert!(dies(&mut blame).is_some_and(|why| why.contains("worker 0")));
+    }
+
+    /// What the agent itself has killed says nothing.
+    #[test]
+    fn a_worker_that_its_agent_killed_is_not_blamed() {
+        let mut blame = Blame::default();
+        for killed in [KILLED, KILLED, KILLED, KILLED] {
+            blame.begins(true);
+            let mut watch = Watch::new(&mut blame, Step(3));
+            assert_eq!(watch.hears(&WorkerEvent::Exited(Rank(0), killed.to_owned())), None);
+        }
+        assert!(blame.deaths.is_empty());
+    }
+
     #[test]
     fn ranks_that_die_together_count_once() {
         let mut blame = Blame::default();

@@ -117,7 +117,7 @@ impl Raw {
         Ok(())
     }
 
-    /// Adds a table of free keys on top of what is there, key by key.
+    /// Adds a table of free keys to the existing settings, key by key.
     fn add_free(&mut self, value: Value, origin: Origin) -> Result<(), ConfigError> {
         let Value::Table(new) = value else {
             let (key, given) = (SETTINGS.to_owned(), value.to_string());

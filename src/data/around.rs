@@ -1,4 +1,4 @@
-//! What a folder's settings say about the tokens around a text, held against what its tokenizer does.
+//! Compares what a folder's settings say about the tokens around a text with what its tokenizer does.
 //!
 //! `tokenizer.json` has a post-processor that may put tokens around a text; `tokenizer_config.json` may have
 //! `add_bos_token` and `add_eos_token`. Where these contradict each other, the readers do, too: `tokenizers` and

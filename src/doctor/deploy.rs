@@ -16,7 +16,7 @@ const OFFERED: &str = "offered type";
 const WAY_OUT: &str = "way out";
 const IMAGE: &str = "image";
 
-/// The lines about what is named: subnets, an image.
+/// The lines about the named subnets and the named image.
 pub(super) async fn look(wanted: &Machines) -> Vec<Line> {
     let (subnets, image) = tokio::join!(subnets(wanted), image(wanted));
     subnets.into_iter().chain(image).collect()

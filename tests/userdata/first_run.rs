@@ -157,7 +157,7 @@ fn the_first_run_works_as_the_page_says_it() {
     assert!(!group(&moto).contains("<InstanceId>"), "{}", group(&moto));
 }
 
-/// What the sample says of itself, held against the model it names.
+/// Compares what the sample says of itself with the model that it names.
 #[test]
 fn the_sample_fits_the_gpu_that_the_page_asks_for() {
     let config = std::fs::read_to_string(path("../configs/models/llama-125m.json")).expect("the model");

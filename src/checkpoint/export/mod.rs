@@ -322,7 +322,7 @@ fn is_shard(name: &str) -> bool {
     numbers().is_some_and(|(number, count)| digits(number) && digits(count))
 }
 
-/// Deletes an object if it is there. Whoever may only write there, and not look, writes over what is there.
+/// Deletes an object if it exists. A caller that may write but not read overwrites what exists.
 async fn remove(to: &Store, name: &str) -> Result<(), CheckpointError> {
     match to.head(name).await {
         Ok(_) => Ok(to.delete(name).await?),

@@ -317,7 +317,8 @@ mod tests {
                 assert!(!is_ours && status.unwrap().signal().is_some(), "{signal}");
             }
         }
-        let (mut child, kill) = (start("read line"), Notify::new());
+        // Not one that reads its input: where that is empty, it may end before it is killed.
+        let (mut child, kill) = (start("exec sleep 600"), Notify::new());
         kill.notify_one();
         assert!(wait(&mut child, &kill).await.1, "it would have lived on");
     }

@@ -27,6 +27,7 @@ use super::{
     phase::Event,
     save::{
         fault::{Consequence, Group, Reason, Standing, Tally},
+        haste::Change,
         holdup::HoldUp,
         ledger::Transfer,
         upload::{self, SaveEvent, Snapshot},
@@ -470,8 +471,13 @@ fn log(line: Log) {
             }
         }
         Log::TrainsOn(reason) => tracing::info!("{reason}"),
-        Log::Starved { durable_s } => {
-            tracing::info!(durable_s, "saves are starved of CPU: uploads now run at normal priority")
+        Log::Haste(Change { hasty: true, lag_s, interval_s }) => tracing::info!(
+            lag_s,
+            interval_s,
+            "saves become durable too late for the time between them: they no longer yield to training"
+        ),
+        Log::Haste(Change { lag_s, interval_s, .. }) => {
+            tracing::info!(lag_s, interval_s, "saves have time: they yield to training again");
         }
     }
 }

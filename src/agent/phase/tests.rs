@@ -275,7 +275,7 @@ fn saved(step: u64, slot: u8) -> Event {
         loss: Some(2.0),
         validation_loss: None,
         metrics: Metrics::new(),
-        cost: SaveCost { durable_s: 11.0, ..SaveCost::default() },
+        cost: SaveCost { durable_s: 0.5, ..SaveCost::default() },
     };
     Event::Save(SaveEvent::Ended { step: Step(step), slot, result: Ok(Saved { committed, checksums: Vec::new() }) })
 }
@@ -331,7 +331,7 @@ fn words(effect: &Effect) -> String {
         }
         Effect::GiveUpSave { .. } => "give up the save".into(),
         Effect::LeaveOut { nodes, .. } => format!("leave out {}", nodes.len()),
-        Effect::Log(Log::Built { .. } | Log::Chosen(_) | Log::TrainsOn(_) | Log::Starved { .. }) => "log".into(),
+        Effect::Log(Log::Built { .. } | Log::Chosen(_) | Log::TrainsOn(_) | Log::Haste(_)) => "log".into(),
     }
 }
 

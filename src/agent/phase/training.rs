@@ -381,8 +381,8 @@ impl Training {
         let Saved { committed, checksums } = saved;
         let (step, generation, cost) = (committed.step, committed.generation, committed.cost);
         turn.does(Effect::Busy(false));
-        if self.ledger.committed(&committed, &mut turn.shared.estimates, now) {
-            turn.does(Effect::Log(Log::Starved { durable_s: cost.durable_s }));
+        if let Some(change) = self.ledger.committed(&committed, &mut turn.shared.estimates, now) {
+            turn.does(Effect::Log(Log::Haste(change)));
         }
         turn.does(Effect::Nodes(Order::Hold { slot, step, generation, checksums }));
         turn.reports(report::Event::Checkpoint {

@@ -101,6 +101,7 @@ pub fn config() -> RunConfig {
                 max_micro_batch: 8,
                 seed: 1234,
                 precision: Precision::Fp32,
+                activations: crate::config::Activations::Keep,
                 threads: 1,
                 optimizer: OptimizerConfig {
                     lr: 3e-4,

@@ -10,8 +10,8 @@ use super::{
     own,
     raw::Raw,
     resolve::{
-        self, ACTIONS, DEFAULT_ALPHA, DEVICES, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES,
-        TOKENIZER_RULES,
+        self, ACTIONS, ACTIVATIONS, DEFAULT_ALPHA, DEVICES, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES,
+        SPARE_TIME, STRATEGIES, TOKENIZER_RULES,
     },
     text,
 };
@@ -44,6 +44,7 @@ pub fn effect(key: &str) -> Effect {
         | "parallel.nproc_per_node"
         | "parallel.device"
         | "parallel.mixed"
+        | "train.activations"
         | "data.validation_every"
         | "train.early_stopping.patience"
         | "train.early_stopping.min_delta" => Effect::Free,
@@ -166,6 +167,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         max_micro_batch,
         seed,
         precision,
+        activations,
         threads,
         optimizer,
         schedule,
@@ -221,6 +223,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("train.max_micro_batch", whole(*max_micro_batch)),
         ("train.seed", whole(*seed)),
         ("train.precision", word(name_of(PRECISIONS, *precision))),
+        ("train.activations", word(name_of(ACTIVATIONS, *activations))),
         ("train.threads", whole(*threads)),
         ("train.optimizer.kind", word("adamw")),
         ("train.optimizer.lr", Value::Float(*lr)),

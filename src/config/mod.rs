@@ -47,8 +47,8 @@ pub use text::{
     read_small, undialable, without_bom,
 };
 pub use workload::{
-    ALL_LINEAR, BaseFile, DataConfig, Device, LoraConfig, ModelConfig, ModelKind, OptimizerConfig, OwnTask,
-    ParallelConfig, Precision, ScheduleConfig, ScheduleKind, Strategy, TokenizerRule, TrainConfig, TrainTask,
+    ALL_LINEAR, Activations, BaseFile, DataConfig, Device, LoraConfig, ModelConfig, ModelKind, OptimizerConfig,
+    OwnTask, ParallelConfig, Precision, ScheduleConfig, ScheduleKind, Strategy, TokenizerRule, TrainConfig, TrainTask,
 };
 
 /// A run's resolved configuration. Stored in the journal's `created` record.

@@ -39,6 +39,7 @@ pub(super) fn config() -> RunConfig {
                 max_micro_batch: 4,
                 seed: 1,
                 precision: Precision::Fp32,
+                activations: crate::config::Activations::Keep,
                 threads: 1,
                 optimizer: OptimizerConfig {
                     lr: 1e-3,

@@ -29,6 +29,13 @@ pub enum Reduction {
     Average,
 }
 
+impl Reduction {
+    /// Of a rank's `last` pass of a step, or of one before it.
+    pub const fn of(last: bool) -> Self {
+        if last { Self::Average } else { Self::Accumulate }
+    }
+}
+
 /// One bucket of a sharded reducer. All counts are elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bucket {

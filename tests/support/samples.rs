@@ -58,6 +58,7 @@ pub fn config() -> RunConfig {
                 max_micro_batch: 8,
                 seed: 1234,
                 precision: Precision::Bf16,
+                activations: trainer::config::Activations::Keep,
                 threads: 2,
                 optimizer: OptimizerConfig {
                     lr: 3e-4,

@@ -8,7 +8,7 @@ use crate::{
     ids::{Fingerprint, Generation, LocalRank, Rank, Step, WorldSize},
     snapshot::{
         mode::CaptureMode,
-        plan::{ImagePlan, TensorSpec},
+        plan::{SlotCopy, TensorSpec},
     },
 };
 
@@ -31,12 +31,10 @@ pub enum ToWorker {
         /// Its port.
         port: u16,
     },
-    /// The layout of the worker's image; both slots have room for it now.
+    /// What the worker copies at each save, and where to; the slots have room for it now.
     Layout {
-        /// Your image.
-        plan: Box<ImagePlan>,
-        /// Its first byte in each slot; a multiple of the page.
-        base: u64,
+        /// In a slot; the same in each.
+        copies: Vec<SlotCopy>,
     },
     /// A slot holds the state to load, verified: load it.
     Restore {

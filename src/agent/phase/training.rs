@@ -274,7 +274,7 @@ impl Training {
                     return Continue(Some(cause));
                 }
                 self.ledger.captured(step, copy_s, now);
-                self.scheduler.captured(slot, step, now)
+                self.scheduler.captured(rank, slot, step, now)
             }
             FromWorker::Stopped { step } => self.scheduler.rank_stopped(step, now),
             FromWorker::Stalled { step, stall_s } => {

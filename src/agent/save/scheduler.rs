@@ -8,7 +8,10 @@
 //! - One save is uploaded at a time; a newer snapshot waits in the other slot; requests beyond that are merged into the
 //!   next.
 //! - An order that a rank may already have obeyed is repeated in every thaw until all ranks have captured; only an
-//!   order for a step that no rank has started can be taken back.
+//!   order for a step that no rank has started can be taken back. A rank whose loop has ended obeys a repeated order
+//!   again: ranks that have captured are counted by name.
+//! - A snapshot is uploaded once *every* rank has captured it, since any rank may write into any file of its node
+//!   ([`crate::snapshot::plan`]); and what not every rank had captured when the workers died is nothing.
 //! - Of two free slots, the order goes to the one that does not hold the newest checkpoint: crashed workers are
 //!   restarted from that checkpoint.
 //! - The last step is always saved. A drain saves the step that it stops at; a snapshot that waits for its upload then
@@ -19,11 +22,11 @@
 //! - With several ranks every 16th save of a generation compares their states (`super::super::states`).
 //! - A save requested now takes the running step, ahead of one ordered for later.
 
-use std::{num::NonZeroU64, time::Duration};
+use std::{collections::BTreeSet, num::NonZeroU64, time::Duration};
 
 use crate::{
     config::Cadence,
-    ids::Step,
+    ids::{Rank, Step},
     protocol::SaveOrder,
     snapshot::{
         cadence::{self, Measured},
@@ -68,13 +71,13 @@ pub enum Action {
     Chosen(Choice),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum SlotState {
     Free,
-    /// Ranks have been told to capture this step; this many have not yet done so.
+    /// Ranks have been told to capture this step; these have done so.
     Ordered {
         step: Step,
-        missing: u32,
+        captured: BTreeSet<Rank>,
         mode: CaptureMode,
         compare: bool,
     },
@@ -88,10 +91,10 @@ enum SlotState {
 }
 
 impl SlotState {
-    const fn step(self) -> Option<Step> {
+    const fn step(&self) -> Option<Step> {
         match self {
             Self::Free => None,
-            Self::Ordered { step, .. } | Self::Full { step } | Self::Uploading { step } => Some(step),
+            Self::Ordered { step, .. } | Self::Full { step } | Self::Uploading { step } => Some(*step),
         }
     }
 }
@@ -173,7 +176,7 @@ impl Scheduler {
     pub fn new(setup: Setup, measured: Measured, now: Moment) -> Self {
         Self {
             setup,
-            slots: [SlotState::Free; 2],
+            slots: [const { SlotState::Free }; 2],
             asked: Asked::No,
             next_ticket: 0,
             finished: setup.done,
@@ -239,11 +242,11 @@ impl Scheduler {
         let saving = self.saving || under_way(&self.slots, step);
         let choice = self.chooser.step(step_s, saving);
         self.saving = under_way(&self.slots, step.next());
-        for slot in self.slots {
+        for slot in &self.slots {
             if let SlotState::Ordered { step: ordered, mode, .. } = slot
-                && ordered == step
+                && *ordered == step
             {
-                self.chooser.begun(mode);
+                self.chooser.begun(*mode);
             }
         }
         let mut actions: Vec<Action> = choice.map(Action::Chosen).into_iter().collect();
@@ -283,19 +286,17 @@ impl Scheduler {
         }
     }
 
-    /// One rank has captured `step` into `slot`.
-    pub fn captured(&mut self, slot: u8, step: Step, now: Moment) -> Vec<Action> {
+    /// This rank has captured `step` into `slot`.
+    pub fn captured(&mut self, rank: Rank, slot: u8, step: Step, now: Moment) -> Vec<Action> {
         if let Some(state) = self.slots.get_mut(usize::from(slot))
-            && let SlotState::Ordered { step: ordered, missing, mode, compare } = *state
-            && ordered == step
+            && let SlotState::Ordered { step: ordered, captured, .. } = state
+            && *ordered == step
+            && captured.insert(rank)
+            && captured.len() == self.setup.ranks as usize
         {
-            let missing = missing.saturating_sub(1);
-            *state = match missing {
-                // The end's state is newer, and needs the room.
-                0 if self.end_decided && step < self.end && !self.unsaved && !self.unhurried => SlotState::Free,
-                0 => SlotState::Full { step },
-                missing => SlotState::Ordered { step, missing, mode, compare },
-            };
+            // The end's state is newer, and needs the room.
+            let void = self.end_decided && step < self.end && !self.unsaved && !self.unhurried;
+            *state = if void { SlotState::Free } else { SlotState::Full { step } };
         }
         self.consider(now)
     }
@@ -396,12 +397,12 @@ impl Scheduler {
     /// The workers are gone and nothing is being uploaded: only snapshots that every rank has captured are left.
     pub fn salvage(&mut self) -> Vec<Action> {
         for slot in &mut self.slots {
-            *slot = match *slot {
-                SlotState::Ordered { .. } => SlotState::Free,
+            match *slot {
+                SlotState::Ordered { .. } => *slot = SlotState::Free,
                 // Called while nothing is being uploaded: this one has failed and was waiting to be tried again.
-                SlotState::Uploading { step } => SlotState::Full { step },
-                slot => slot,
-            };
+                SlotState::Uploading { step } => *slot = SlotState::Full { step },
+                SlotState::Free | SlotState::Full { .. } => {}
+            }
         }
         // With the workers there is nobody left to ask.
         (self.unsaved, self.given_up, self.unhurried) = (true, true, false);
@@ -493,7 +494,7 @@ impl Scheduler {
                 let mode = self.chooser.mode();
                 self.ordered += 1;
                 let compare = self.setup.ranks > 1 && self.ordered.is_multiple_of(COMPARED);
-                self.slots[index] = SlotState::Ordered { step, missing: self.setup.ranks, mode, compare };
+                self.slots[index] = SlotState::Ordered { step, captured: BTreeSet::new(), mode, compare };
                 self.last_ordered = self.last_ordered.max(step);
                 self.wanted = false;
                 self.last_order_at = now;
@@ -599,9 +600,9 @@ mod tests {
     }
 
     fn capture(scheduler: &mut Scheduler, slot: u8, step: u64, now: Moment) -> Vec<Action> {
-        let first = scheduler.captured(slot, Step(step), now);
+        let first = scheduler.captured(Rank(1), slot, Step(step), now);
         assert!(!first.iter().any(|a| matches!(a, Action::Upload { .. })), "uploaded before both have captured");
-        scheduler.captured(slot, Step(step), now)
+        scheduler.captured(Rank(0), slot, Step(step), now)
     }
 
     #[test]
@@ -738,14 +739,14 @@ mod tests {
         let mut c = scheduler(Cadence::Steps(10), 0, 1000);
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
-        c.captured(1, Step(20), at(2));
+        c.captured(Rank(0), 1, Step(20), at(2));
         let actions = c.drain(at(3));
         assert_eq!(
             answer(&mut c, &actions, [21, 20], at(3)),
             [Action::Thaw { saves: vec![order(20, 1)], stop_after: Some(Step(21)) }],
             "the slower rank must still fill slot 1"
         );
-        let actions = c.captured(1, Step(20), at(4));
+        let actions = c.captured(Rank(1), 1, Step(20), at(4));
         assert_eq!(
             answer(&mut c, &actions, [21, 21], at(4)),
             [Action::Thaw { saves: vec![order(21, 1)], stop_after: Some(Step(21)) }]
@@ -819,8 +820,9 @@ mod tests {
         assert!(c.uploaded(1, false, at(2)).is_empty(), "tried once: nobody is left to wait for");
         let mut c = scheduler(Cadence::Steps(10), 0, 100);
         c.first_orders(at(0));
-        c.captured(0, Step(10), at(1));
+        c.captured(Rank(1), 0, Step(10), at(1));
         assert!(c.salvage().is_empty(), "only one rank had captured");
+        assert!(c.captured(Rank(0), 0, Step(10), at(2)).is_empty(), "too late: nobody knows what was written since");
     }
 
     #[test]
@@ -868,6 +870,23 @@ mod tests {
             }
         }
         panic!("nothing was chosen");
+    }
+
+    /// A rank whose loop has ended captures again when its order is repeated: it still counts once.
+    #[test]
+    fn a_rank_that_says_twice_what_it_has_captured_does_not_stand_for_another() {
+        let mut c = scheduler(Cadence::Steps(10), 0, 10);
+        assert_eq!(c.first_orders(at(0)), [order(10, 0)]);
+        c.rank_stopped(Step(10), at(1));
+        assert!(c.captured(Rank(0), 0, Step(10), at(1)).is_empty());
+        // Someone asks all to stop; the other rank is still on its way to the end.
+        let actions = c.drain(at(2));
+        assert_eq!(
+            answer(&mut c, &actions, [10, 10], at(2)),
+            [Action::Thaw { saves: vec![order(10, 0)], stop_after: Some(Step(10)) }]
+        );
+        assert!(c.captured(Rank(0), 0, Step(10), at(3)).is_empty(), "the other has not copied its part");
+        assert_eq!(c.captured(Rank(1), 0, Step(10), at(4)), [Action::Upload { step: Step(10), slot: 0 }]);
     }
 
     #[test]
@@ -979,8 +998,8 @@ mod tests {
                     compared.push(step);
                 }
                 let mut actions = c.step_finished(Step(step), 1.0, at(step));
-                for _ in 0..ranks {
-                    actions = c.captured(order.slot, Step(step), at(step));
+                for rank in 0..ranks {
+                    actions = c.captured(Rank(rank), order.slot, Step(step), at(step));
                 }
                 assert!(matches!(actions[..], [Action::Upload { .. }, ..]), "{actions:?}");
                 let actions = c.uploaded(order.slot, true, at(step));

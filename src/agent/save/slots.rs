@@ -2,8 +2,10 @@
 //!
 //! # Layout
 //! Each slot is one piece of shared memory for the whole node. It holds the image of each of the node's ranks
-//! ([`crate::snapshot::plan`]), one after the other, each beginning on a page; a rank writes its own image alone and
-//! may read all of them. A checkpoint that is loaded is brought into one slot, file after file ([`super::gather`]), and
+//! ([`crate::snapshot::plan`]), one after the other, each beginning on a page. A rank writes its own image and, where it
+//! has parts of weights, their places in the others' images: never a byte that another rank writes. It may read all of
+//! them. So any rank may write into any file of the node, and *no file is read before every rank has captured the step*:
+//! the scheduler ([`super::scheduler`]) uploads a slot, and [`Slots::hold`] keeps one, only then. A checkpoint that is loaded is brought into one slot, file after file ([`super::gather`]), and
 //! read there by all ranks: restoring needs no memory beside the slots.
 //!
 //! # A slot's content
@@ -59,12 +61,12 @@ use crate::{
         save::Upload,
     },
     error::{Error, Kind, Result},
-    ids::{Generation, NodeId, NodeRanks, Step},
+    ids::{Generation, NodeId, NodeRanks, Rank, Step},
     rendezvous::channel::bulk::Wanted,
     shortage::Shortage,
     snapshot::{
         image::{self, Mapping, SharedImage},
-        plan::{self, ImagePlan, ShardKind, TensorSpec},
+        plan::{self, CopyPlan, ImagePlan, ShardKind, SlotCopy, TensorSpec},
     },
     storage::Crc64,
 };
@@ -148,6 +150,17 @@ struct Layout {
     /// The names of all shards, over all ranks.
     names: Vec<String>,
     maps: [Mapping; 2],
+}
+
+/// A rank's part of a layout.
+#[derive(Debug)]
+pub struct LaidOut {
+    /// The rank.
+    pub rank: Rank,
+    /// Bytes of the files in its image.
+    pub stored: u64,
+    /// What it copies at each save, and where to in a slot.
+    pub copies: Vec<SlotCopy>,
 }
 
 /// Both slots of a node.
@@ -342,13 +355,10 @@ impl Slots {
     }
 
     /// Every rank has reported its state's layout: plans who writes what, and sizes the slots for this node's ranks.
-    /// Returns the plan of each of them and the first byte of its image in the slots.
-    pub fn lay_out(
-        &mut self,
-        tensors: &[TensorSpec],
-        ranks: NodeRanks,
-    ) -> Result<impl Iterator<Item = (&ImagePlan, u64)>> {
+    /// Returns what each of them has to know.
+    pub fn lay_out(&mut self, tensors: &[TensorSpec], ranks: NodeRanks) -> Result<Vec<LaidOut>> {
         let mut plans = plan::plan(tensors, ranks.world, image::page_size())?;
+        plan::within(&plans, tensors, ranks)?;
         let index = serde_json::to_vec_pretty(&plan::model_index(&plans, tensors))
             .map_err(|error| Error::from_source(Kind::Bug, error))?;
         let shards = plans.iter().flat_map(|plan| &plan.shards);
@@ -370,8 +380,9 @@ impl Slots {
         let failed = memory("lay out snapshot images");
         let maps = [open(&self.slots[0]).map_err(&failed)?, open(&self.slots[1]).map_err(&failed)?];
         let is_whole = ranks.is_whole_world();
-        let layout = self.layout.insert(Layout { plans, bases, is_whole, index: index.into(), names, maps });
-        Ok(layout.plans.iter().zip(layout.bases.iter().copied()))
+        let laid_out = laid_out(&plans, &bases)?;
+        self.layout = Some(Layout { plans, bases, is_whole, index: index.into(), names, maps });
+        Ok(laid_out)
     }
 
     fn laid_out(&self) -> Result<&Layout> {
@@ -443,6 +454,19 @@ impl Slots {
     }
 }
 
+/// The part of each rank of a node whose images begin at `bases`.
+fn laid_out(plans: &[ImagePlan], bases: &[u64]) -> Result<Vec<LaidOut>> {
+    let base_of: HashMap<Rank, u64> = plans.iter().map(|plan| plan.rank).zip(bases.iter().copied()).collect();
+    let of = |plan: &ImagePlan| {
+        let place = |copy: &CopyPlan| copy.within(*base_of.get(&copy.image)?);
+        let copies: Option<Vec<_>> = plan.copies.iter().map(place).collect();
+        let copies = copies.ok_or_else(|| Error::new(Kind::Bug, "a rank copies into an image that is not here"))?;
+        let stored = plan.shards.iter().map(|shard| shard.len).sum();
+        Ok(LaidOut { rank: plan.rank, stored, copies })
+    };
+    plans.iter().map(of).collect()
+}
+
 /// Whether each of these files has its checksum.
 async fn sums_agree(image: &SharedImage, files: &[HeldFile]) -> Vec<bool> {
     let Ok(mapping) = image.map() else { return Vec::new() };
@@ -468,8 +492,8 @@ mod tests {
     use crate::{
         agent::save::gather::Fetched,
         checkpoint::testing::{STORAGE, memory_store},
-        ids::{Rank, WorldSize},
-        snapshot::plan::Dtype,
+        ids::WorldSize,
+        snapshot::plan::{Dtype, Part},
         storage::{
             Store,
             faulty::{Fault, Faulty},
@@ -491,18 +515,20 @@ mod tests {
         ]
     }
 
+    /// A rank's copies.
+    fn copy(slots: &Slots, slot: u8, rank: &LaidOut, byte: u8) {
+        let worker = slots.slots[usize::from(slot)].image.map().unwrap();
+        for &SlotCopy { offset, len, .. } in &rank.copies {
+            #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
+            worker.chunks(&[offset..offset + len]).unwrap()[0].as_mut().fill(byte);
+        }
+    }
+
     /// Fills a slot as the workers would, and returns the checksums of an upload.
     fn capture(slots: &mut Slots, slot: u8, byte: u8) -> Vec<(String, Crc64)> {
         let layout = slots.layout.as_ref().unwrap();
-        for (plan, base) in layout.plans.iter().zip(&layout.bases) {
-            let worker = slots.slots[usize::from(slot)].image.map().unwrap();
-            for shard in &plan.shards {
-                for tensor in &shard.tensors {
-                    let start = base + tensor.offset;
-                    #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
-                    worker.chunks(&[start..start + tensor.len]).unwrap()[0].as_mut().fill(byte);
-                }
-            }
+        for rank in laid_out(&layout.plans, &layout.bases).unwrap() {
+            copy(slots, slot, &rank, byte);
         }
         let uploads = slots.uploads(slot).unwrap();
         assert!(!slots.outline().unwrap().0.is_empty());
@@ -512,7 +538,7 @@ mod tests {
     #[tokio::test]
     async fn a_slot_holds_its_checkpoint_until_the_next_capture() {
         let mut slots = Slots::create().unwrap();
-        assert_eq!(slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().count(), 2);
+        assert_eq!(slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().len(), 2);
         let checksums = capture(&mut slots, 1, 7);
         assert_eq!(slots.find(Step(4), Generation(1)), None);
         slots.hold(1, Step(4), Generation(1), &checksums);
@@ -533,7 +559,7 @@ mod tests {
             .collect();
         assert_eq!(names.len(), 3, "{names:?}");
 
-        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
         capture(&mut slots, 0, 8);
         assert!(slots.find(Step(4), Generation(1)).is_some(), "it was the other slot");
         capture(&mut slots, 1, 9);
@@ -546,7 +572,9 @@ mod tests {
         let (mut alone, mut first, mut second) =
             (Slots::create().unwrap(), Slots::create().unwrap(), Slots::create().unwrap());
         let plans = |slots: &mut Slots, ranks| -> Vec<(ImagePlan, u64)> {
-            slots.lay_out(&tensors(), ranks).unwrap().map(|(plan, base)| (plan.clone(), base)).collect()
+            slots.lay_out(&tensors(), ranks).unwrap();
+            let layout = slots.layout.as_ref().unwrap();
+            layout.plans.iter().cloned().zip(layout.bases.iter().copied()).collect()
         };
         let all = plans(&mut alone, NodeRanks::alone(3));
         let (one, two) = (plans(&mut first, ranks(0, 1)), plans(&mut second, ranks(1, 2)));
@@ -567,10 +595,75 @@ mod tests {
         assert_eq!(names, alone.outline().unwrap().1);
     }
 
+    /// The rank whose image this copy goes into.
+    fn image_of(slots: &Slots, copy: &SlotCopy) -> Rank {
+        let layout = slots.layout.as_ref().unwrap();
+        let images = layout.plans.iter().zip(&layout.bases);
+        images.filter(|(_, base)| **base <= copy.offset).last().unwrap().0.rank
+    }
+
+    /// Tensors of which each of two ranks has a half.
+    fn halves() -> Vec<TensorSpec> {
+        let half = |tensor: &TensorSpec, owner: u32| {
+            let half = tensor.shape[0] / 2;
+            let (begin, end) = (u64::from(owner) * half, (u64::from(owner) + 1) * half);
+            TensorSpec { part: Some(Part { owner: Rank(owner), begin, end }), ..tensor.clone() }
+        };
+        tensors().iter().flat_map(|tensor| [half(tensor, 0), half(tensor, 1)]).collect()
+    }
+
+    /// Both ranks write into each file of weights. One dies after its copies or before them: what there is then is no
+    /// checkpoint, neither the one that the slot held nor the one that was to be made.
+    #[tokio::test]
+    async fn files_that_two_ranks_write_are_whole_only_with_the_copies_of_both() {
+        let mut slots = Slots::create().unwrap();
+        let ranks = slots.lay_out(&halves(), NodeRanks::alone(2)).unwrap();
+        let images: BTreeSet<Rank> = ranks[0].copies.iter().map(|copy| image_of(&slots, copy)).collect();
+        assert_eq!(images.len(), 2, "a rank writes into both images");
+        let sums = |slots: &mut Slots| -> Vec<(String, Crc64)> {
+            slots.uploads(0).unwrap().iter().map(|upload| (upload.name.clone(), Crc64::of(&upload.body))).collect()
+        };
+        for rank in &ranks {
+            copy(&slots, 0, rank, 7);
+        }
+        let old = sums(&mut slots);
+        slots.hold(0, Step(4), Generation(1), &old);
+        assert!(slots.verify(0).await);
+        for rank in &ranks {
+            copy(&slots, 0, rank, 8);
+            // Only one has captured: in every file of weights are bytes of both steps.
+            let held = slots.slots[0].held.clone();
+            assert!(!slots.verify(0).await);
+            let whole = &slots.slots[0].held.as_ref().unwrap().files;
+            assert!(whole.iter().all(|file| file.name.starts_with("optimizer")), "{whole:?}");
+            assert_eq!(slots.find(Step(4), Generation(1)), None);
+            slots.slots[0].held = held;
+            copy(&slots, 0, rank, 7);
+            assert!(slots.verify(0).await, "each byte has one writer");
+        }
+        for rank in &ranks {
+            copy(&slots, 0, rank, 8);
+        }
+        let new = sums(&mut slots);
+        assert!(old.iter().zip(&new).all(|(old, new)| old.0 == new.0 && old.1 != new.1));
+        slots.hold(0, Step(5), Generation(1), &new);
+        assert!(slots.verify(0).await);
+        assert_eq!(slots.find(Step(5), Generation(1)).unwrap().1.len(), new.len());
+    }
+
+    #[test]
+    fn ranks_of_several_nodes_can_not_write_one_file() {
+        let mut slots = Slots::create().unwrap();
+        let ranks = NodeRanks { first: Rank(0), workers: 1, world: WorldSize(2) };
+        let error = slots.lay_out(&halves(), ranks).unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+        assert!(error.to_string().contains("is in parts on several nodes"), "{error}");
+    }
+
     #[tokio::test]
     async fn what_a_dying_worker_has_scribbled_over_is_not_believed() {
         let mut slots = Slots::create().unwrap();
-        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
         let checksums = capture(&mut slots, 0, 7);
         slots.hold(0, Step(4), Generation(1), &checksums);
         let start = slots.layout.as_ref().unwrap().bases[1] + 1000;
@@ -604,7 +697,7 @@ mod tests {
         let (done, mut new) = mpsc::unbounded_channel();
         let _fetching = slots.receive(vec![file], 30_000).unwrap().start(store, String::new(), None, done);
         new.recv().await.unwrap().unwrap();
-        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
         let sums = capture(&mut slots, 0, 9);
         faulty.let_go();
         while old.recv().await.is_some() {}
@@ -617,7 +710,7 @@ mod tests {
     async fn who_does_not_stop_writing_keeps_the_old_memory() {
         for workers_are_gone in [true, false] {
             let mut slots = Slots::create().unwrap();
-            slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
+            slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
             let sums = capture(&mut slots, 1, 7);
             slots.hold(1, Step(4), Generation(1), &sums);
             let worker = slots.slots[0].image.map().unwrap();
@@ -631,7 +724,7 @@ mod tests {
             assert_eq!(slots.find(Step(4), Generation(1)).is_some(), workers_are_gone, "it was the other slot");
             slots.begin_generation().unwrap();
             drop(slots.receive(vec![file], 1000).unwrap());
-            slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
+            slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
             let sums = capture(&mut slots, 0, 9);
             match lent.pop() {
                 Some((_, mut chunk)) => chunk.as_mut().fill(5),
@@ -655,7 +748,7 @@ mod tests {
         drop(pieces);
         slots.received(Step(9), Generation(3), slot, &places, &wanted);
         // Sizing the slots for this generation's workers leaves it alone.
-        slots.lay_out(&tensors(), NodeRanks::alone(1)).unwrap().for_each(drop);
+        slots.lay_out(&tensors(), NodeRanks::alone(1)).unwrap();
         assert_eq!(slots.find(Step(9), Generation(3)), Some((RESTORE_SLOT, places.clone())));
         assert_eq!(slots.find_all(Step(9), Generation(3), &wanted), Some((RESTORE_SLOT, places)));
         assert!(slots.verify(RESTORE_SLOT).await);
@@ -679,7 +772,7 @@ mod tests {
         let (mut first, mut second) = (Slots::create().unwrap(), Slots::create().unwrap());
         let mut files = Vec::new();
         for (slots, rank) in [(&mut first, 0), (&mut second, 1)] {
-            slots.lay_out(&tensors, ranks(rank)).unwrap().for_each(drop);
+            slots.lay_out(&tensors, ranks(rank)).unwrap();
             let sums = capture(slots, slot, 7 + rank as u8);
             for upload in slots.uploads(slot).unwrap() {
                 let crc64 = Some(Crc64::of(&upload.body));

@@ -173,10 +173,12 @@ impl<'a> Node<'a> {
     fn lay_out(&mut self, tensors: &[TensorSpec]) -> Result<Event> {
         let ranks = self.start.upload.ranks;
         let mut bytes = 0;
-        for LaidOut { rank, stored, copies } in self.slots.lay_out(tensors, ranks)? {
+        let laid_out = self.slots.lay_out(tensors, ranks)?;
+        let slots = self.slots.count();
+        for LaidOut { rank, stored, copies } in laid_out {
             bytes += stored;
             if let (Some(workers), Some(local)) = (&self.workers, ranks.local(rank)) {
-                workers.tell(local, ToWorker::Layout { copies });
+                workers.tell(local, ToWorker::Layout { slots, copies });
             }
         }
         Ok(Event::LaidOut { bytes })

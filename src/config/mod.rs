@@ -31,6 +31,8 @@ use std::{net::IpAddr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+use crate::ids::SlotCount;
+
 pub use batch::{Pass, Passes, Shares, Spread, divisor, share};
 pub use change::{
     Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, names, reading_settings,
@@ -84,6 +86,9 @@ pub struct CheckpointConfig {
     /// How often kept checkpoints are verified against their checksums while the run trains; `None`: never.
     #[serde(default = "daily", with = "optional_seconds")]
     pub scrub: Option<Duration>,
+    /// Snapshot slots of a node; runs created before it was a setting have two.
+    #[serde(default)]
+    pub slots: SlotCount,
     /// The store's price of a GiB per month, in US dollars; for estimates.
     #[serde(default = "s3_standard_price")]
     pub price_per_gib_month: f64,

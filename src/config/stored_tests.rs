@@ -13,6 +13,7 @@ fn a_run_from_before_a_setting_was_there_has_its_default_and_hostile_ones_are_re
     };
     let older = with(&|checkpoint| {
         checkpoint.remove("scrub");
+        checkpoint.remove("slots");
         checkpoint.remove("price_per_gib_month");
         checkpoint["keep"].as_object_mut().unwrap().remove("best");
     });
@@ -23,6 +24,8 @@ fn a_run_from_before_a_setting_was_there_has_its_default_and_hostile_ones_are_re
         ("scrub", serde_json::json!(-1.0)),
         ("scrub", serde_json::json!(1e300)),
         ("scrub", serde_json::json!("1d")),
+        ("slots", serde_json::json!(0)),
+        ("slots", serde_json::json!(3)),
         ("price_per_gib_month", serde_json::json!("free")),
         ("keep", serde_json::json!({"last": 3, "every": {"seconds": -5.0}})),
         ("keep", serde_json::json!({"last": 3, "every": null, "best": -1})),
@@ -31,6 +34,7 @@ fn a_run_from_before_a_setting_was_there_has_its_default_and_hostile_ones_are_re
     }
     for (setting, expected) in [
         ("checkpoint.scrub = '10ms'", "\"never\", or a duration"),
+        ("checkpoint.slots = 3", "a whole number from 1 to 2"),
         ("checkpoint.price_per_gib_month = -1", "a number, at least 0"),
         ("checkpoint.keep = { best = -1 }", "a whole number, at least 0"),
         ("checkpoint.keep = { every = '10ms' }", "\"never\", a count of steps"),

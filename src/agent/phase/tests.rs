@@ -161,6 +161,7 @@ fn training() -> Rig {
 fn training_of(settings: Settings) -> Rig {
     let setup = Setup {
         ranks: 2,
+        slots: settings.config.checkpoint.slots,
         done: Step(0),
         last: Step(100),
         cadence: settings.config.checkpoint.every,

@@ -30,7 +30,7 @@ use crate::{
     },
     checkpoint::CheckpointError,
     error::{Error, Kind, Result},
-    ids::{Fingerprint, Rank, Step},
+    ids::{Fingerprint, Rank, SlotCount, Step},
     journal::{DrainPlan, JournalError},
     notice::{self, Notice},
     protocol::{FromWorker, StepReport, ToWorker},
@@ -543,6 +543,7 @@ impl Training {
             step: step.map_or(Estimate::exactly(0.0), |step| step.after(since)),
             whole_step: step.unwrap_or(Estimate::exactly(0.0)),
             copy: estimates.copy.estimate().unwrap_or(Estimate::exactly(0.0)),
+            copy_waits: config.checkpoint.slots == SlotCount::ONE,
             save: estimates.upload(self.bytes),
         }
     }

@@ -1,4 +1,4 @@
-//! The node's two snapshot slots: shared memory that outlives its workers.
+//! The node's snapshot slots: shared memory that outlives its workers.
 //!
 //! # Layout
 //! Each slot is one piece of shared memory for the whole node. It holds the image of each of the node's ranks
@@ -18,8 +18,14 @@
 //! counts as absent.
 //!
 //! What comes from outside goes into [`RESTORE_SLOT`], or into the other slot if that one holds files of the very
-//! checkpoint: nothing overwrites what it is made from. So in a group each slot may grow to a whole checkpoint, as both
+//! checkpoint: nothing overwrites what it is made from. So in a group each slot may grow to a whole checkpoint, as the
 //! slots of a node that is alone are from the start.
+//!
+//! # One slot or two
+//! With two, one is captured into while the other is uploaded, and the newest checkpoint stays in memory while a
+//! newer state is copied. With one (`checkpoint.slots`), the copy overwrites that checkpoint: workers that crash from
+//! then on, until the next commit, are started again from the store. A group that holds parts of a checkpoint has no
+//! place beside them, and reads all of it from elsewhere.
 //!
 //! # Who reads in a slot
 //! The workers that load, uploads, and the other nodes of a generation that loads, through the [`Shelf`]: that ends
@@ -61,7 +67,7 @@ use crate::{
         save::Upload,
     },
     error::{Error, Kind, Result},
-    ids::{Generation, NodeId, NodeRanks, Rank, Step},
+    ids::{Generation, NodeId, NodeRanks, Rank, SlotCount, Step},
     rendezvous::channel::bulk::Wanted,
     shortage::Shortage,
     snapshot::{
@@ -74,8 +80,6 @@ use crate::{
 /// The slot that a checkpoint is fetched into, unless it holds a part of it.
 pub const RESTORE_SLOT: u8 = 0;
 
-/// The slots' names, which show up in `/proc/<pid>/maps`.
-const NAMES: [&str; 2] = ["trainer-slot-0", "trainer-slot-1"];
 /// How long the end of a generation waits for the remaining users of a slot's memory.
 const QUIET: Duration = Duration::from_secs(10);
 /// The interval between two checks for such users.
@@ -116,8 +120,9 @@ struct Slot {
 }
 
 impl Slot {
-    fn create(name: &str) -> Result<Self> {
-        let image = SharedImage::create(name).map_err(memory("make shared memory"))?;
+    /// Its name shows up in `/proc/<pid>/maps`.
+    fn create(number: u8) -> Result<Self> {
+        let image = SharedImage::create(&format!("trainer-slot-{number}")).map_err(memory("make shared memory"))?;
         Ok(Self { image, held: None, has_headers: false })
     }
 
@@ -149,7 +154,7 @@ struct Layout {
     index: Bytes,
     /// The names of all shards, over all ranks.
     names: Vec<String>,
-    maps: [Mapping; 2],
+    maps: Vec<Mapping>,
 }
 
 /// A rank's part of a layout.
@@ -163,10 +168,11 @@ pub struct LaidOut {
     pub copies: Vec<SlotCopy>,
 }
 
-/// Both slots of a node.
+/// The slots of a node.
 #[derive(Debug)]
 pub struct Slots {
-    slots: [Slot; 2],
+    slots: Vec<Slot>,
+    count: SlotCount,
     layout: Option<Layout>,
     /// What other nodes may read of them.
     shelf: Arc<Shelf>,
@@ -185,15 +191,30 @@ fn memory(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
 }
 
 impl Slots {
-    /// Two empty slots.
-    pub fn create() -> Result<Self> {
-        let [first, second] = NAMES;
-        Ok(Self { slots: [Slot::create(first)?, Slot::create(second)?], layout: None, shelf: Arc::default() })
+    /// Empty slots.
+    pub fn create(count: SlotCount) -> Result<Self> {
+        let slots = count.numbers().map(Slot::create).collect::<Result<_>>()?;
+        Ok(Self { slots, count, layout: None, shelf: Arc::default() })
+    }
+
+    /// Between two generations: from now on there are this many. A slot that goes takes its content along.
+    pub fn set_count(&mut self, count: SlotCount) -> Result<()> {
+        self.slots.truncate(usize::from(count.get()));
+        for number in count.numbers().skip(self.slots.len()) {
+            self.slots.push(Slot::create(number)?);
+        }
+        self.count = count;
+        Ok(())
+    }
+
+    /// How many there are.
+    pub const fn count(&self) -> SlotCount {
+        self.count
     }
 
     /// The slots' memory, to be inherited by workers.
-    pub fn shared(&self) -> [&SharedImage; 2] {
-        [&self.slots[0].image, &self.slots[1].image]
+    pub fn shared(&self) -> Vec<&SharedImage> {
+        self.slots.iter().map(|slot| &slot.image).collect()
     }
 
     /// What other nodes may read of them.
@@ -250,10 +271,10 @@ impl Slots {
             }
         };
         let _ = tokio::time::timeout(limit, quiet).await;
-        for (slot, name) in self.slots.iter_mut().zip(NAMES) {
+        for (slot, number) in self.slots.iter_mut().zip(0..) {
             if slot.image.is_lent() || !workers_are_gone {
-                tracing::warn!("{name} gets new memory: the old one may still be written to");
-                *slot = Slot::create(name)?;
+                tracing::warn!("slot {number} gets new memory: the old one may still be written to");
+                *slot = Slot::create(number)?;
             }
         }
         Ok(())
@@ -264,7 +285,8 @@ impl Slots {
         self.make_room(RESTORE_SLOT, files, part)
     }
 
-    /// The same for a checkpoint of which a slot may hold files: they are copied from there into the other slot.
+    /// The same for a checkpoint of which a slot may hold files: they are copied from there into the other slot, if
+    /// there is one.
     pub fn receive_beside(
         &mut self,
         step: Step,
@@ -272,13 +294,14 @@ impl Slots {
         files: Vec<RemoteFile>,
         part: u64,
     ) -> Result<Fetch> {
-        let held = self.slots.each_ref().map(|slot| slot.places(step, generation, &files));
+        let held: Vec<_> = self.slots.iter().map(|slot| slot.places(step, generation, &files)).collect();
         let bytes = |places: &[Option<Range<u64>>]| places.iter().flatten().map(|at| at.end - at.start).sum::<u64>();
-        let [first, second] = held.each_ref().map(|places| bytes(places));
-        if (first, second) == (0, 0) {
+        // The one with the most of it; of two that have as much, the first.
+        let source = (0..held.len()).rev().max_by_key(|at| bytes(&held[*at])).filter(|at| bytes(&held[*at]) > 0);
+        let target = self.count.numbers().find(|number| source.is_some_and(|source| usize::from(*number) != source));
+        let (Some(source), Some(target)) = (source, target) else {
             return self.make_room(RESTORE_SLOT, files, part);
-        }
-        let (source, target) = if first >= second { (0, 1) } else { (1, 0) };
+        };
         let mapping = self.slots[source].image.map().map_err(memory("read a snapshot"))?;
         // Memory that can't be lent is read from elsewhere.
         let lend = |place: &Option<Range<u64>>| place.clone().and_then(|range| mapping.bytes(range).ok());
@@ -378,7 +401,7 @@ impl Slots {
             slot.image.map()
         };
         let failed = memory("lay out snapshot images");
-        let maps = [open(&self.slots[0]).map_err(&failed)?, open(&self.slots[1]).map_err(&failed)?];
+        let maps = self.slots.iter().map(|slot| open(slot).map_err(&failed)).collect::<Result<_>>()?;
         let is_whole = ranks.is_whole_world();
         let laid_out = laid_out(&plans, &bases)?;
         self.layout = Some(Layout { plans, bases, is_whole, index: index.into(), names, maps });
@@ -537,7 +560,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_slot_holds_its_checkpoint_until_the_next_capture() {
-        let mut slots = Slots::create().unwrap();
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
         assert_eq!(slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().len(), 2);
         let checksums = capture(&mut slots, 1, 7);
         assert_eq!(slots.find(Step(4), Generation(1)), None);
@@ -569,8 +592,11 @@ mod tests {
     #[test]
     fn a_node_lays_out_and_uploads_its_own_ranks_alone() {
         let ranks = |first, workers| NodeRanks { first: Rank(first), workers, world: WorldSize(3) };
-        let (mut alone, mut first, mut second) =
-            (Slots::create().unwrap(), Slots::create().unwrap(), Slots::create().unwrap());
+        let (mut alone, mut first, mut second) = (
+            Slots::create(SlotCount::TWO).unwrap(),
+            Slots::create(SlotCount::TWO).unwrap(),
+            Slots::create(SlotCount::TWO).unwrap(),
+        );
         let plans = |slots: &mut Slots, ranks| -> Vec<(ImagePlan, u64)> {
             slots.lay_out(&tensors(), ranks).unwrap();
             let layout = slots.layout.as_ref().unwrap();
@@ -616,7 +642,7 @@ mod tests {
     /// checkpoint, neither the one that the slot held nor the one that was to be made.
     #[tokio::test]
     async fn files_that_two_ranks_write_are_whole_only_with_the_copies_of_both() {
-        let mut slots = Slots::create().unwrap();
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
         let ranks = slots.lay_out(&halves(), NodeRanks::alone(2)).unwrap();
         let images: BTreeSet<Rank> = ranks[0].copies.iter().map(|copy| image_of(&slots, copy)).collect();
         assert_eq!(images.len(), 2, "a rank writes into both images");
@@ -653,7 +679,7 @@ mod tests {
 
     #[test]
     fn ranks_of_several_nodes_can_not_write_one_file() {
-        let mut slots = Slots::create().unwrap();
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
         let ranks = NodeRanks { first: Rank(0), workers: 1, world: WorldSize(2) };
         let error = slots.lay_out(&halves(), ranks).unwrap_err();
         assert_eq!(error.kind(), Kind::Config);
@@ -662,7 +688,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_dying_worker_has_scribbled_over_is_not_believed() {
-        let mut slots = Slots::create().unwrap();
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
         slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
         let checksums = capture(&mut slots, 0, 7);
         slots.hold(0, Step(4), Generation(1), &checksums);
@@ -683,7 +709,7 @@ mod tests {
         let body = Bytes::from(vec![5_u8; 100_000]);
         let file = RemoteFile { name: "f".into(), bytes: body.len() as u64, crc64: Some(Crc64::of(&body)) };
         store.put("f", body).await.unwrap();
-        let mut slots = Slots::create().unwrap();
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
         let (done, mut old) = mpsc::unbounded_channel();
         let mut fetching =
             slots.receive(vec![file.clone()], 30_000).unwrap().start(store.clone(), String::new(), None, done);
@@ -709,7 +735,7 @@ mod tests {
     #[tokio::test]
     async fn who_does_not_stop_writing_keeps_the_old_memory() {
         for workers_are_gone in [true, false] {
-            let mut slots = Slots::create().unwrap();
+            let mut slots = Slots::create(SlotCount::TWO).unwrap();
             slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
             let sums = capture(&mut slots, 1, 7);
             slots.hold(1, Step(4), Generation(1), &sums);
@@ -738,7 +764,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_fetched_checkpoint_is_held_where_it_was_received() {
-        let mut slots = Slots::create().unwrap();
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
         let body = Bytes::from(vec![5_u8; 100_000]);
         let file = RemoteFile { name: "f".into(), bytes: body.len() as u64, crc64: Some(Crc64::of(&body)) };
         let Fetch { slot, places, mut pieces, wanted, .. } = slots.receive(vec![file], 30_000).unwrap();
@@ -769,7 +795,7 @@ mod tests {
         let tensors = sizes.map(tensor);
         let store = memory_store();
         let ranks = |first| NodeRanks { first: Rank(first), workers: 1, world: WorldSize(2) };
-        let (mut first, mut second) = (Slots::create().unwrap(), Slots::create().unwrap());
+        let (mut first, mut second) = (Slots::create(SlotCount::TWO).unwrap(), Slots::create(SlotCount::TWO).unwrap());
         let mut files = Vec::new();
         for (slots, rank) in [(&mut first, 0), (&mut second, 1)] {
             slots.lay_out(&tensors, ranks(rank)).unwrap();
@@ -837,6 +863,50 @@ mod tests {
         drop(fetch);
         let (found, slot) = fetched(&mut slots, &store, &files).await;
         assert_eq!((found.stored, slot), (bytes(&files), RESTORE_SLOT), "that fetch has taken its place");
+    }
+
+    #[tokio::test]
+    async fn one_slot_is_all_that_there_is_to_capture_into_to_hold_and_to_receive_into() {
+        let mut slots = Slots::create(SlotCount::ONE).unwrap();
+        assert_eq!(slots.shared().len(), 1);
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
+        let sums = capture(&mut slots, 0, 7);
+        assert!(slots.uploads(1).is_err(), "there is no other");
+        slots.hold(0, Step(4), Generation(1), &sums);
+        slots.end_generation(true).await.unwrap();
+        slots.begin_generation().unwrap();
+        assert!(slots.verify(0).await && slots.find(Step(4), Generation(1)).is_some());
+        // A worker dies in the middle of the next capture, which writes over what the slot holds.
+        let ranks = slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
+        copy(&slots, 0, &ranks[0], 8);
+        slots.end_generation(true).await.unwrap();
+        slots.begin_generation().unwrap();
+        assert!(!slots.verify(0).await);
+        assert_eq!(slots.find(Step(4), Generation(1)), None, "the store has it");
+    }
+
+    /// There is no place beside them.
+    #[tokio::test]
+    async fn with_one_slot_parts_of_a_checkpoint_are_read_again() {
+        let (mut slots, store, files, _) = half_held(0).await;
+        slots.set_count(SlotCount::ONE).unwrap();
+        let (found, slot) = fetched(&mut slots, &store, &files).await;
+        assert_eq!((found.stored, slot), (bytes(&files), RESTORE_SLOT));
+    }
+
+    #[tokio::test]
+    async fn the_number_of_slots_may_change_between_two_generations() {
+        let (mut slots, ..) = half_held(1).await;
+        slots.set_count(SlotCount::TWO).unwrap();
+        assert!(slots.verify(1).await, "nothing has changed");
+        slots.set_count(SlotCount::ONE).unwrap();
+        assert!(!slots.verify(1).await, "its memory is gone");
+        slots.set_count(SlotCount::TWO).unwrap();
+        slots.begin_generation().unwrap();
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
+        let sums = capture(&mut slots, 1, 7);
+        slots.hold(1, Step(5), Generation(2), &sums);
+        assert!(slots.verify(1).await);
     }
 
     /// Faulty memory, or a capture that was under way when its worker died.

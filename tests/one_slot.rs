@@ -46,8 +46,14 @@ fn death_after_the_commit_record_leaves_the_whole_checkpoint() {
 #[test]
 fn a_save_that_panics_is_repeated_from_the_slot_that_still_has_it() {
     let lab = Lab::on_files();
-    let life = with_one_slot(lab.run("panics")).faults("save.after-manifest=panic@hit=1").finish().expect_code(0);
-    assert!(life.committed().contains(&EVERY) && life.committed().contains(&STEPS), "{}", life.story());
+    let run = with_one_slot(lab.run("panics")).faults("save.after-manifest=panic@hit=1");
+    // Once the loop has ended, the last state would have the slot.
+    let running = run.hold_after(EVERY + 1).start();
+    running.held();
+    running.wait_for_step("checkpoint", EVERY);
+    running.let_go();
+    let life = running.finish().expect_code(0).expect_said(&["fault injected at save.after-manifest"]);
+    assert!(life.committed().contains(&STEPS), "{}", life.story());
     lab.expect_as_undisturbed("panics", &[&life]);
 }
 

@@ -86,12 +86,17 @@ pub struct CheckpointConfig {
     /// How often kept checkpoints are verified against their checksums while the run trains; `None`: never.
     #[serde(default = "daily", with = "optional_seconds")]
     pub scrub: Option<Duration>,
-    /// Snapshot slots of a node; runs created before it was a setting have two.
-    #[serde(default)]
+    /// Snapshot slots of a node. Stored only if it is one: runs from before it was a setting have two.
+    #[serde(default, skip_serializing_if = "is_two")]
     pub slots: SlotCount,
     /// The store's price of a GiB per month, in US dollars; for estimates.
     #[serde(default = "s3_standard_price")]
     pub price_per_gib_month: f64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_two(slots: &SlotCount) -> bool {
+    *slots == SlotCount::TWO
 }
 
 /// The default of `checkpoint.scrub`, which journals of runs created before it was a setting don't name.

@@ -13,11 +13,15 @@ fn a_run_from_before_a_setting_was_there_has_its_default_and_hostile_ones_are_re
     };
     let older = with(&|checkpoint| {
         checkpoint.remove("scrub");
-        checkpoint.remove("slots");
         checkpoint.remove("price_per_gib_month");
         checkpoint["keep"].as_object_mut().unwrap().remove("best");
     });
     assert_eq!(older.unwrap(), config);
+    assert_eq!((config.checkpoint.slots, stored["checkpoint"].get("slots")), (SlotCount::TWO, None));
+    let one = load_least("checkpoint.slots = 1").unwrap();
+    let one_stored = serde_json::to_value(&one).unwrap();
+    assert_eq!((one.checkpoint.slots, &one_stored["checkpoint"]["slots"]), (SlotCount::ONE, &serde_json::json!(1)));
+    assert_eq!(serde_json::from_value::<RunConfig>(one_stored).unwrap(), one);
     let never = with(&|checkpoint| _ = checkpoint.insert("scrub".into(), serde_json::Value::Null));
     assert_eq!(never.unwrap().checkpoint.scrub, None);
     for (key, value) in [

@@ -5,8 +5,8 @@
 //! before it changes them. Dropping an unfinished capture waits for it: no copy outlives the tensors.
 //!
 //! A rank writes the ranges that the plan gives it ([`super::plan`]): in its own image and, where it has parts of
-//! weights, in those of other ranks of its node. It borrows exactly these ranges of each slot, so no byte is lent to two
-//! ranks, and pins the pages in which they lie. A page in which two ranks write is pinned by both, which the driver
+//! weights, in those of other ranks of its node. It borrows exactly these ranges of each slot, so no byte is lent to
+//! two ranks, and pins the pages in which they lie. A page in which two ranks write is pinned by both, which the driver
 //! allows: it counts each process's pins by itself. So a GPU copies at full speed into any image, and no second copy
 //! through a pinned buffer is needed.
 //!
@@ -42,13 +42,13 @@ struct Slot {
 pub struct Capture {
     copier: HostCopier,
     slots: Vec<Slot>,
-    parts: Vec<Part>,
+    parts: Vec<Source>,
     running: Option<(u8, CopyTicket<ImageChunk>)>,
 }
 
 /// A tensor to copy.
 #[derive(Debug)]
-struct Part {
+struct Source {
     tensor: Tensor,
     /// The range that it goes into, as an index, and its first byte there.
     range: usize,
@@ -76,7 +76,7 @@ impl Capture {
                 .ok_or_else(|| Error::new(Kind::Bug, format!("plan names tensor {tensor}")))?
                 .shallow_clone();
             let range = ranges.len() - 1;
-            parts.push(Part { tensor, range, offset: offset - ranges[range].start, len });
+            parts.push(Source { tensor, range, offset: offset - ranges[range].start, len });
         }
         let pages = pages_of(&ranges, page_size());
         let slots = slots.iter().zip(0..);
@@ -143,7 +143,7 @@ mod tests {
     use super::*;
     use crate::{
         ids::{NodeRanks, Rank, WorldSize},
-        snapshot::plan::{CopyPlan, Dtype, ImagePlan, Part as Elements, ShardKind, TensorSpec, plan},
+        snapshot::plan::{CopyPlan, Dtype, ImagePlan, Part, ShardKind, TensorSpec, plan},
     };
 
     #[test]
@@ -163,7 +163,7 @@ mod tests {
             dtype: Dtype::F32,
             shape: vec![n],
             kind,
-            part: part.map(|(owner, begin, end)| Elements { owner: Rank(owner), begin, end }),
+            part: part.map(|(owner, begin, end)| Part { owner: Rank(owner), begin, end }),
         };
         let mut specs = Vec::new();
         for (owner, begin, end) in [(0, 0, 1667), (1, 1667, 3334), (2, 3334, 5000)] {

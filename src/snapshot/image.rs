@@ -7,8 +7,8 @@
 //! Invariants: through one [`SharedImage`], its clones and all their mappings, the image's bytes are either lent for
 //! writing (as [`ImageChunk`]s) or for reading (as [`Bytes`]), never both; writers are lent to only once. Loans are
 //! counted per image, not per mapping, so aborted tasks and unfinished reads still count ([`SharedImage::is_lent`]).
-//! Between the processes the control protocol regulates access: a worker writes its ranges of a slot, which are no other
-//! rank's, between a `SaveOrder` for it and its `Captured` answer; the agent reads the slot after *every* rank's
+//! Between the processes the control protocol regulates access: a worker writes its ranges of a slot, which are no
+//! other rank's, between a `SaveOrder` for it and its `Captured` answer; the agent reads the slot after *every* rank's
 //! `Captured` and gives it out again only when the upload has ended.
 //!
 //! On a crash of either side the kernel frees the memory with its last mapping. Sealing is not used, because the agent

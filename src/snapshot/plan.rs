@@ -1,9 +1,9 @@
 //! Which rank writes which tensor bytes, and their places in the images of the ranks.
 //!
 //! An image is what a file lies in; a copy is what a rank writes. A replicated tensor is stored once, in the image of
-//! the rank that the plan assigns it to, which copies it: the largest first, always to the rank with the fewest bytes so
-//! far, so that every rank has about the same amount. A tensor's [`Part`] that only one rank has is stored in one of two
-//! ways:
+//! the rank that the plan assigns it to, which copies it: the largest first, always to the rank with the fewest bytes
+//! so far, so that every rank has about the same amount. A tensor's [`Part`] that only one rank has is stored in one of
+//! two ways:
 //!
 //! - *A weight* of which each rank has a range ([`ShardKind::Model`]) is stored whole under its plain name, in the file
 //!   that a replicated weight would be in: model files are the same whatever the strategy. Each rank copies its own

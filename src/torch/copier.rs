@@ -1,11 +1,12 @@
 //! Copies of tensors to host memory, made while LibTorch continues to compute.
 //!
 //! [`HostCopier`] owns a few threads. [`start`](HostCopier::start) hands them a list of tensors and one destination,
-//! which consists of any number of pieces of memory; they copy until the last byte is there, run the callback, and wake the waiting thread. On the CPU the tensors are
-//! cut into chunks that the threads take one by one; they run only while a core would be idle (Linux's `SCHED_IDLE`),
-//! so that they do not slow computing threads, and a thread that [waits](CopyTicket::wait) copies the rest itself, so
-//! that it never waits for a thread that gets no core. On a GPU `start` marks the point in the compute stream, and one
-//! thread issues the copies after that point on a separate stream: into [`Pinned`] memory they run beside the kernels.
+//! which consists of any number of pieces of memory; they copy until the last byte is there, run the callback, and wake
+//! the waiting thread. On the CPU the tensors are cut into chunks that the threads take one by one; they run only while
+//! a core would be idle (Linux's `SCHED_IDLE`), so that they do not slow computing threads, and a thread that
+//! [waits](CopyTicket::wait) copies the rest itself, so that it never waits for a thread that gets no core. On a GPU
+//! `start` marks the point in the compute stream, and one thread issues the copies after that point on a separate
+//! stream: into [`Pinned`] memory they run beside the kernels.
 //!
 //! Invariants: from `start` to the end of [`wait`](CopyTicket::wait) the tensors must not change (reading is allowed);
 //! otherwise the bytes come from two moments. The destination belongs to the copy for that time and comes back from
@@ -90,8 +91,8 @@ impl HostCopier {
     /// Starts copying `jobs` into `destination` and returns at once.
     ///
     /// The jobs are checked first: contiguous tensors, all on the CPU or all on one GPU, lengths as stated, ranges that
-    /// are within their piece of the destination and do not overlap. `on_done` runs on a copy thread when the last byte is there,
-    /// before the waiter wakes; it does not run if the copy fails. Keep it short.
+    /// are within their piece of the destination and do not overlap. `on_done` runs on a copy thread when the last byte
+    /// is there, before the waiter wakes; it does not run if the copy fails. Keep it short.
     pub fn start<D>(
         &self,
         destination: Vec<D>,

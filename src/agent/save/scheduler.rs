@@ -1,8 +1,9 @@
 //! When state is saved and when the loop ends: pure decisions over what the workers have said.
 //!
-//! The scheduler knows the slots, one or two, the steps that the ranks have reached and the requests; it receives events and
-//! answers with [`Action`]s that the event loop carries out. Time is passed in. Every decision that all ranks must obey
-//! at the same step goes through a freeze (see [`crate::worker::gate`]): ask, take the largest started step, tell.
+//! The scheduler knows the slots, one or two, the steps that the ranks have reached and the requests; it receives
+//! events and answers with [`Action`]s that the event loop carries out. Time is passed in. Every decision that all
+//! ranks must obey at the same step goes through a freeze (see [`crate::worker::gate`]): ask, take the largest started
+//! step, tell.
 //!
 //! Rules:
 //! - One save is uploaded at a time; a newer snapshot waits in the other slot; requests beyond that are merged into the

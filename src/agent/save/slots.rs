@@ -2,11 +2,12 @@
 //!
 //! # Layout
 //! Each slot is one piece of shared memory for the whole node. It holds the image of each of the node's ranks
-//! ([`crate::snapshot::plan`]), one after the other, each beginning on a page. A rank writes its own image and, where it
-//! has parts of weights, their places in the others' images: never a byte that another rank writes. It may read all of
-//! them. So any rank may write into any file of the node, and *no file is read before every rank has captured the step*:
-//! the scheduler ([`super::scheduler`]) uploads a slot, and [`Slots::hold`] keeps one, only then. A checkpoint that is loaded is brought into one slot, file after file ([`super::gather`]), and
-//! read there by all ranks: restoring needs no memory beside the slots.
+//! ([`crate::snapshot::plan`]), one after the other, each beginning on a page. A rank writes its own image and, where
+//! it has parts of weights, their places in the others' images: never a byte that another rank writes. It may read all
+//! of them. So any rank may write into any file of the node, and *no file is read before every rank has captured the
+//! step*: the scheduler ([`super::scheduler`]) uploads a slot, and [`Slots::hold`] keeps one, only then. A checkpoint
+//! that is loaded is brought into one slot, file after file ([`super::gather`]), and read there by all ranks: restoring
+//! needs no memory beside the slots.
 //!
 //! # A slot's content
 //! After a commit, and after a checkpoint was brought into it, a slot holds that checkpoint's files until the next

@@ -125,6 +125,7 @@ pub fn config() -> RunConfig {
             every: Cadence::Auto,
             keep: Keep { last: 3, every: None, best: 0 },
             scrub: None,
+            slots: crate::ids::SlotCount::TWO,
             price_per_gib_month: 0.023,
         },
         notice: NoticeConfig { sources: vec![], ..NoticeConfig::default() },

@@ -177,7 +177,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
     let ParallelConfig { strategy, nproc_per_node, device, bucket_mib, mixed } = parallel;
-    let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, price_per_gib_month } =
+    let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, slots, price_per_gib_month } =
         checkpoint;
     let NoticeConfig {
         sources,
@@ -243,6 +243,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("parallel.mixed", Value::Boolean(*mixed)),
         ("checkpoint.every", word(&text::format_cadence(*every))),
         ("checkpoint.scrub", word(&scrub.map_or_else(|| "never".into(), text::format_duration))),
+        ("checkpoint.slots", whole(slots.get())),
         ("checkpoint.price_per_gib_month", Value::Float(*price_per_gib_month)),
         ("checkpoint.keep.last", whole(*last)),
         ("checkpoint.keep.every", word(&keep_every.map_or_else(|| "never".into(), text::format_spacing))),

@@ -119,6 +119,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "parallel.mixed",
             "checkpoint.every",
             "checkpoint.scrub",
+            "checkpoint.slots",
             "checkpoint.price_per_gib_month",
             "checkpoint.keep.last",
             "checkpoint.keep.every",

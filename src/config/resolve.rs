@@ -15,7 +15,10 @@ use super::{
     ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy,
     TokenizerRule, TrainConfig, TrainTask, early_stopping, error::Origin, own, raw::Raw, text, workers_per_node,
 };
-use crate::error::{Error, Kind};
+use crate::{
+    error::{Error, Kind},
+    ids::SlotCount,
+};
 
 /// The longest `config.json` that is read, bytes.
 const MAX_MODEL_CONFIG: u64 = 1 << 20;
@@ -496,6 +499,7 @@ fn checkpoint(raw: &Raw) -> Result<CheckpointConfig, ConfigError> {
             best,
         },
         scrub: raw.never_or_duration("checkpoint.scrub")?,
+        slots: if raw.whole("checkpoint.slots", 1..=2_u32)? == 1 { SlotCount::ONE } else { SlotCount::TWO },
         price_per_gib_month: raw.number(
             "checkpoint.price_per_gib_month",
             |price| price >= 0.0,

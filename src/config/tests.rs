@@ -133,6 +133,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                 every: Cadence::Auto,
                 keep: Keep { last: 3, every: Some(Spacing::Steps(1000)), best: 0 },
                 scrub: Some(Duration::from_secs(86_400)),
+                slots: SlotCount::TWO,
                 price_per_gib_month: 0.023,
             },
             notice: NoticeConfig::default(),
@@ -212,7 +213,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         (
             "checkpoint.zzzzzz = 1",
             "run.toml:3: unknown key checkpoint.zzzzzz",
-            "there are every, keep, price_per_gib_month, scrub",
+            "there are every, keep, price_per_gib_month, scrub, slots",
         ),
         (
             "'qqq.qqq' = 1",

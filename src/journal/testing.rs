@@ -63,6 +63,7 @@ pub(super) fn config() -> RunConfig {
             every: Cadence::Auto,
             keep: Keep { last: 3, every: None, best: 0 },
             scrub: None,
+            slots: crate::ids::SlotCount::TWO,
             price_per_gib_month: 0.023,
         },
         notice: NoticeConfig::default(),

@@ -29,7 +29,7 @@ use crate::{
     shortage::is_out_of_memory,
 };
 
-pub use bytes::{Pinned, byte_len, load_bytes, store_bytes};
+pub use bytes::{Mapped, Pinned, byte_len, load_bytes, store_bytes};
 pub use copier::{Copied, CopyJob, CopyTicket, HostCopier};
 pub use copies::{copy_at_use, copy_lookup, leaf_like, with_gradient};
 #[cfg(test)]

@@ -62,6 +62,47 @@ number! {
     WorldSize(u32)
 }
 
+/// The number of snapshot slots of a node: one or two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u8", into = "u8")]
+pub struct SlotCount(u8);
+
+impl SlotCount {
+    /// A capture waits for the save before it.
+    pub const ONE: Self = Self(1);
+    /// One is captured into while the other is uploaded.
+    pub const TWO: Self = Self(2);
+
+    /// The plain number.
+    pub const fn get(self) -> u8 {
+        self.0
+    }
+
+    /// The slots' numbers.
+    pub fn numbers(self) -> impl Iterator<Item = u8> {
+        0..self.0
+    }
+}
+
+impl Default for SlotCount {
+    fn default() -> Self {
+        Self::TWO
+    }
+}
+
+impl TryFrom<u8> for SlotCount {
+    type Error = &'static str;
+    fn try_from(count: u8) -> Result<Self, Self::Error> {
+        if (1..=2).contains(&count) { Ok(Self(count)) } else { Err("a node has 1 or 2 snapshot slots") }
+    }
+}
+
+impl From<SlotCount> for u8 {
+    fn from(count: SlotCount) -> Self {
+        count.0
+    }
+}
+
 /// The ranks of one node in a generation: neighbours, in the order of the roster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NodeRanks {

@@ -33,6 +33,7 @@ mod model_folder;
 mod moments;
 mod nodes;
 mod notices;
+mod one_slot;
 mod outputs;
 mod own_model;
 mod prepare_inputs;

@@ -268,7 +268,7 @@ pub async fn run(
     let (senders, mut answers) = effects::channels();
     slots.begin_generation()?;
     let Plan { workload, collectives, upload, .. } = &start;
-    let workers = Workers::start(workload, collectives, upload.ranks, slots.shared(), &senders.workers)?;
+    let workers = Workers::start(workload, collectives, upload.ranks, &slots.shared(), &senders.workers)?;
     let mut node = Node::begin(&start, slots, workers)?;
     let began = Instant::now();
     let incoming = node.load(senders.fetched.clone())?;

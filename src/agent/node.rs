@@ -26,7 +26,7 @@ use super::{
     save::{
         gather::{Fetch, Fetched, Fetching},
         put::{self, Put},
-        slots::Slots,
+        slots::{LaidOut, Slots},
         upload,
     },
     traces::Traces,
@@ -173,10 +173,12 @@ impl<'a> Node<'a> {
     fn lay_out(&mut self, tensors: &[TensorSpec]) -> Result<Event> {
         let ranks = self.start.upload.ranks;
         let mut bytes = 0;
-        for (plan, base) in self.slots.lay_out(tensors, ranks)? {
-            bytes += plan.shards.iter().map(|shard| shard.len).sum::<u64>();
-            if let (Some(workers), Some(local)) = (&self.workers, ranks.local(plan.rank)) {
-                workers.tell(local, ToWorker::Layout { plan: Box::new(plan.clone()), base });
+        let laid_out = self.slots.lay_out(tensors, ranks)?;
+        let slots = self.slots.count();
+        for LaidOut { rank, stored, copies } in laid_out {
+            bytes += stored;
+            if let (Some(workers), Some(local)) = (&self.workers, ranks.local(rank)) {
+                workers.tell(local, ToWorker::Layout { slots, copies });
             }
         }
         Ok(Event::LaidOut { bytes })

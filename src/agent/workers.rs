@@ -1,7 +1,7 @@
 //! The worker processes of one generation: start, talk, end, and learn that one has died.
 //!
 //! The workload says which program runs, with which arguments and environment. It inherits a few descriptors and
-//! nothing else of ours: the control socket as its standard input, the node's two snapshot slots, and the memory with
+//! nothing else of ours: the control socket as its standard input, the node's snapshot slots, and the memory with
 //! the weights that adapters are trained beside, if there are any. It runs in a process group of its own, so that a key
 //! pressed at the terminal reaches the agent alone. It asks the kernel to be killed when its agent dies, and exits when
 //! the control stream ends: children never outlive the agent. The agent starts children from its main thread only,
@@ -79,7 +79,7 @@ impl Workers {
         workload: &Workload,
         collectives: &Collectives,
         ranks: NodeRanks,
-        slots: [&SharedImage; 2],
+        slots: &[&SharedImage],
         events: &mpsc::UnboundedSender<WorkerEvent>,
     ) -> Result<Self, Error> {
         let mut handles = Vec::with_capacity(ranks.workers as usize);
@@ -138,13 +138,13 @@ impl Workers {
 fn start_one(
     rank: Rank,
     mut command: std::process::Command,
-    (slots, base): ([&SharedImage; 2], Option<&SharedImage>),
+    (slots, base): (&[&SharedImage], Option<&SharedImage>),
     events: mpsc::UnboundedSender<WorkerEvent>,
 ) -> std::io::Result<Handle> {
     let (ours, theirs) = StdStream::pair()?;
     ours.set_nonblocking(true)?;
     let mut mappings = Vec::with_capacity(slots.len() + 1);
-    let images = slots.into_iter().zip(SLOT_FDS).chain(base.map(|base| (base, BASE_FD)));
+    let images = slots.iter().copied().zip(SLOT_FDS).chain(base.map(|base| (base, BASE_FD)));
     for (image, child_fd) in images {
         mappings.push(FdMapping { parent_fd: image.try_clone()?.into(), child_fd });
     }

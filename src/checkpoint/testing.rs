@@ -101,6 +101,7 @@ pub fn config() -> RunConfig {
                 max_micro_batch: 8,
                 seed: 1234,
                 precision: Precision::Fp32,
+                activations: crate::config::Activations::Keep,
                 threads: 1,
                 optimizer: OptimizerConfig {
                     lr: 3e-4,
@@ -124,6 +125,7 @@ pub fn config() -> RunConfig {
             every: Cadence::Auto,
             keep: Keep { last: 3, every: None, best: 0 },
             scrub: None,
+            slots: crate::ids::SlotCount::TWO,
             price_per_gib_month: 0.023,
         },
         notice: NoticeConfig { sources: vec![], ..NoticeConfig::default() },

@@ -10,8 +10,8 @@ use super::{
     own,
     raw::Raw,
     resolve::{
-        self, ACTIONS, DEFAULT_ALPHA, DEVICES, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES,
-        TOKENIZER_RULES,
+        self, ACTIONS, ACTIVATIONS, DEFAULT_ALPHA, DEVICES, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES,
+        SPARE_TIME, STRATEGIES, TOKENIZER_RULES,
     },
     text,
 };
@@ -44,6 +44,7 @@ pub fn effect(key: &str) -> Effect {
         | "parallel.nproc_per_node"
         | "parallel.device"
         | "parallel.mixed"
+        | "train.activations"
         | "data.validation_every"
         | "train.early_stopping.patience"
         | "train.early_stopping.min_delta" => Effect::Free,
@@ -166,6 +167,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         max_micro_batch,
         seed,
         precision,
+        activations,
         threads,
         optimizer,
         schedule,
@@ -175,7 +177,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
     let ParallelConfig { strategy, nproc_per_node, device, bucket_mib, mixed } = parallel;
-    let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, price_per_gib_month } =
+    let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, slots, price_per_gib_month } =
         checkpoint;
     let NoticeConfig {
         sources,
@@ -221,6 +223,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("train.max_micro_batch", whole(*max_micro_batch)),
         ("train.seed", whole(*seed)),
         ("train.precision", word(name_of(PRECISIONS, *precision))),
+        ("train.activations", word(name_of(ACTIVATIONS, *activations))),
         ("train.threads", whole(*threads)),
         ("train.optimizer.kind", word("adamw")),
         ("train.optimizer.lr", Value::Float(*lr)),
@@ -240,6 +243,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("parallel.mixed", Value::Boolean(*mixed)),
         ("checkpoint.every", word(&text::format_cadence(*every))),
         ("checkpoint.scrub", word(&scrub.map_or_else(|| "never".into(), text::format_duration))),
+        ("checkpoint.slots", whole(slots.get())),
         ("checkpoint.price_per_gib_month", Value::Float(*price_per_gib_month)),
         ("checkpoint.keep.last", whole(*last)),
         ("checkpoint.keep.every", word(&keep_every.map_or_else(|| "never".into(), text::format_spacing))),

@@ -110,6 +110,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
         [
             "data.tokenizer",
             "data.validation_every",
+            "train.activations",
             "train.early_stopping.patience",
             "train.early_stopping.min_delta",
             "parallel.strategy",
@@ -118,6 +119,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "parallel.mixed",
             "checkpoint.every",
             "checkpoint.scrub",
+            "checkpoint.slots",
             "checkpoint.price_per_gib_month",
             "checkpoint.keep.last",
             "checkpoint.keep.every",

@@ -31,6 +31,8 @@ use std::{net::IpAddr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+use crate::ids::SlotCount;
+
 pub use batch::{Pass, Passes, Shares, Spread, divisor, share};
 pub use change::{
     Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, names, reading_settings,
@@ -47,8 +49,8 @@ pub use text::{
     read_small, undialable, without_bom,
 };
 pub use workload::{
-    ALL_LINEAR, BaseFile, DataConfig, Device, LoraConfig, ModelConfig, ModelKind, OptimizerConfig, OwnTask,
-    ParallelConfig, Precision, ScheduleConfig, ScheduleKind, Strategy, TokenizerRule, TrainConfig, TrainTask,
+    ALL_LINEAR, Activations, BaseFile, DataConfig, Device, LoraConfig, ModelConfig, ModelKind, OptimizerConfig,
+    OwnTask, ParallelConfig, Precision, ScheduleConfig, ScheduleKind, Strategy, TokenizerRule, TrainConfig, TrainTask,
 };
 
 /// A run's resolved configuration. Stored in the journal's `created` record.
@@ -84,9 +86,17 @@ pub struct CheckpointConfig {
     /// How often kept checkpoints are verified against their checksums while the run trains; `None`: never.
     #[serde(default = "daily", with = "optional_seconds")]
     pub scrub: Option<Duration>,
+    /// Snapshot slots of a node. Stored only if it is one: runs from before it was a setting have two.
+    #[serde(default, skip_serializing_if = "is_two")]
+    pub slots: SlotCount,
     /// The store's price of a GiB per month, in US dollars; for estimates.
     #[serde(default = "s3_standard_price")]
     pub price_per_gib_month: f64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_two(slots: &SlotCount) -> bool {
+    *slots == SlotCount::TWO
 }
 
 /// The default of `checkpoint.scrub`, which journals of runs created before it was a setting don't name.

@@ -10,12 +10,15 @@ use serde_json::Value as Json;
 use toml::Value;
 
 use super::{
-    ALL_LINEAR, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, LoraConfig,
-    Machine, ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig,
-    Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule,
-    TrainConfig, TrainTask, early_stopping, error::Origin, own, raw::Raw, text, workers_per_node,
+    ALL_LINEAR, Activations, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep,
+    LoraConfig, Machine, ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig,
+    ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy,
+    TokenizerRule, TrainConfig, TrainTask, early_stopping, error::Origin, own, raw::Raw, text, workers_per_node,
 };
-use crate::error::{Error, Kind};
+use crate::{
+    error::{Error, Kind},
+    ids::SlotCount,
+};
 
 /// The longest `config.json` that is read, bytes.
 const MAX_MODEL_CONFIG: u64 = 1 << 20;
@@ -32,7 +35,10 @@ pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("decoder", ModelKind::De
 pub(super) const TOKENIZER_RULES: &[(&str, TokenizerRule)] =
     &[("same", TokenizerRule::Same), ("differs", TokenizerRule::Differs)];
 pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];
-pub(super) const STRATEGIES: &[(&str, Strategy)] = &[("ddp", Strategy::Ddp), ("zero1", Strategy::Zero1)];
+pub(super) const STRATEGIES: &[(&str, Strategy)] =
+    &[("ddp", Strategy::Ddp), ("zero1", Strategy::Zero1), ("shard", Strategy::Shard)];
+pub(super) const ACTIVATIONS: &[(&str, Activations)] =
+    &[("keep", Activations::Keep), ("block", Activations::Block), ("auto", Activations::Auto)];
 pub(super) const DEVICES: &[(&str, Device)] = &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)];
 pub(super) const SCHEDULES: &[(&str, ScheduleKind)] =
     &[("cosine", ScheduleKind::Cosine), ("linear", ScheduleKind::Linear), ("constant", ScheduleKind::Constant)];
@@ -247,11 +253,41 @@ fn check(config: &RunConfig) -> Result<(), ConfigError> {
                 .into(),
         ));
     }
+    check_stages(&config.workload)?;
     let NetworkConfig { port, store_port, .. } = config.network;
     if port != 0 && port == store_port {
         return Err(ConfigError::Together(format!(
             "network.port and network.store_port are both {port}: give one of them another port, or 0"
         )));
+    }
+    Ok(())
+}
+
+/// What is computed block by block needs a model that has blocks.
+fn check_stages(task: &TrainTask) -> Result<(), ConfigError> {
+    let refused = |what: String| Err(ConfigError::Together(what));
+    let shard = task.parallel.strategy == Strategy::Shard;
+    if let Some(own) = task.model.task() {
+        let name = own.name;
+        if shard {
+            return refused(format!(
+                "parallel.strategy = \"shard\" works block by block, and task.name = {name:?} has no blocks: set \
+                 parallel.strategy = \"zero1\""
+            ));
+        }
+        if task.train.activations == Activations::Block {
+            return refused(format!(
+                "train.activations = \"block\" works block by block, and task.name = {name:?} has no blocks: set \
+                 train.activations = \"keep\""
+            ));
+        }
+    }
+    if shard && task.model.lora.is_some() {
+        return refused(
+            "parallel.strategy = \"shard\" divides the weights that are trained, and with model.lora.rank these are \
+             the small adapters alone: set parallel.strategy = \"zero1\""
+                .into(),
+        );
     }
     Ok(())
 }
@@ -398,6 +434,7 @@ fn train(raw: &Raw, auto_threads: Option<u32>) -> Result<TrainConfig, ConfigErro
         max_micro_batch: raw.whole("train.max_micro_batch", 1..=u32::MAX)?,
         seed: raw.whole("train.seed", 0..=u64::MAX)?,
         precision: raw.choice("train.precision", PRECISIONS)?,
+        activations: raw.choice("train.activations", ACTIVATIONS)?,
         threads,
         optimizer: OptimizerConfig {
             lr: raw.number("train.optimizer.lr", |n| n > 0.0, "a number above 0")?,
@@ -462,6 +499,7 @@ fn checkpoint(raw: &Raw) -> Result<CheckpointConfig, ConfigError> {
             best,
         },
         scrub: raw.never_or_duration("checkpoint.scrub")?,
+        slots: if raw.whole("checkpoint.slots", 1..=2_u32)? == 1 { SlotCount::ONE } else { SlotCount::TWO },
         price_per_gib_month: raw.number(
             "checkpoint.price_per_gib_month",
             |price| price >= 0.0,

@@ -17,12 +17,19 @@ fn a_run_from_before_a_setting_was_there_has_its_default_and_hostile_ones_are_re
         checkpoint["keep"].as_object_mut().unwrap().remove("best");
     });
     assert_eq!(older.unwrap(), config);
+    assert_eq!((config.checkpoint.slots, stored["checkpoint"].get("slots")), (SlotCount::TWO, None));
+    let one = load_least("checkpoint.slots = 1").unwrap();
+    let one_stored = serde_json::to_value(&one).unwrap();
+    assert_eq!((one.checkpoint.slots, &one_stored["checkpoint"]["slots"]), (SlotCount::ONE, &serde_json::json!(1)));
+    assert_eq!(serde_json::from_value::<RunConfig>(one_stored).unwrap(), one);
     let never = with(&|checkpoint| _ = checkpoint.insert("scrub".into(), serde_json::Value::Null));
     assert_eq!(never.unwrap().checkpoint.scrub, None);
     for (key, value) in [
         ("scrub", serde_json::json!(-1.0)),
         ("scrub", serde_json::json!(1e300)),
         ("scrub", serde_json::json!("1d")),
+        ("slots", serde_json::json!(0)),
+        ("slots", serde_json::json!(3)),
         ("price_per_gib_month", serde_json::json!("free")),
         ("keep", serde_json::json!({"last": 3, "every": {"seconds": -5.0}})),
         ("keep", serde_json::json!({"last": 3, "every": null, "best": -1})),
@@ -31,6 +38,7 @@ fn a_run_from_before_a_setting_was_there_has_its_default_and_hostile_ones_are_re
     }
     for (setting, expected) in [
         ("checkpoint.scrub = '10ms'", "\"never\", or a duration"),
+        ("checkpoint.slots = 3", "a whole number from 1 to 2"),
         ("checkpoint.price_per_gib_month = -1", "a number, at least 0"),
         ("checkpoint.keep = { best = -1 }", "a whole number, at least 0"),
         ("checkpoint.keep = { every = '10ms' }", "\"never\", a count of steps"),

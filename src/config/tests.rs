@@ -109,6 +109,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                     max_micro_batch: 8,
                     seed: 1234,
                     precision: Precision::Fp32,
+                    activations: Activations::Keep,
                     threads: 8,
                     optimizer: OptimizerConfig {
                         lr: 3e-4,
@@ -132,6 +133,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                 every: Cadence::Auto,
                 keep: Keep { last: 3, every: Some(Spacing::Steps(1000)), best: 0 },
                 scrub: Some(Duration::from_secs(86_400)),
+                slots: SlotCount::TWO,
                 price_per_gib_month: 0.023,
             },
             notice: NoticeConfig::default(),
@@ -211,7 +213,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         (
             "checkpoint.zzzzzz = 1",
             "run.toml:3: unknown key checkpoint.zzzzzz",
-            "there are every, keep, price_per_gib_month, scrub",
+            "there are every, keep, price_per_gib_month, scrub, slots",
         ),
         (
             "'qqq.qqq' = 1",
@@ -230,7 +232,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "train = 5",
-            "run.toml:3: train = 5: expected a table with early_stopping.min_delta, \
+            "run.toml:3: train = 5: expected a table with activations, early_stopping.min_delta, \
             early_stopping.patience, epochs, global_batch, max_micro_batch, optimizer.betas, optimizer.eps, \
             optimizer.grad_clip, optimizer.kind, optimizer.lr, optimizer.weight_decay, precision, schedule.kind, \
             schedule.min_lr_ratio, schedule.warmup_steps, seed, steps, threads",
@@ -277,7 +279,16 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
             "run.toml:3: data.sequence_length = 0: expected a whole number from 1 to 1048576",
             "",
         ),
-        ("parallel.strategy = 'fsdp'", "run.toml:3: parallel.strategy = \"fsdp\": expected \"ddp\" or \"zero1\"", ""),
+        (
+            "parallel.strategy = 'fsdp'",
+            "run.toml:3: parallel.strategy = \"fsdp\": expected \"ddp\", \"zero1\" or \"shard\"",
+            "",
+        ),
+        (
+            "train.activations = 'none'",
+            "run.toml:3: train.activations = \"none\": expected \"keep\", \"block\" or \"auto\"",
+            "",
+        ),
         (
             "checkpoint.every = 500",
             "run.toml:3: checkpoint.every = 500: expected \"auto\", a count of steps such as \"500 steps\", or a \

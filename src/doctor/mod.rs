@@ -116,7 +116,7 @@ impl Doctor {
             return Line::skipped(CHECK, found);
         };
         match self.needed(config) {
-            Ok(need) => verdict::memory(need, available),
+            Ok(need) => verdict::memory(need, config.checkpoint.slots, available),
             Err(error) => Line::error(CHECK, &error),
         }
     }

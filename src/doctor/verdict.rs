@@ -11,6 +11,7 @@ use crate::{
         quota::{Family, Quota},
     },
     error::{Error, Kind},
+    ids::SlotCount,
     notice::window::Surroundings,
     report::human,
     storage::AbortRule,
@@ -116,7 +117,7 @@ pub(super) fn devices(found: &Found) -> Line {
     }
 }
 
-/// Bytes that the host needs: two snapshot slots of the whole state, and on a CPU the workers' own state and work
+/// Bytes that the host needs: the whole state in each snapshot slot, and on a CPU the workers' own state and work
 /// space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Need {
@@ -150,9 +151,9 @@ pub(super) fn need_of_adapters(parameters: u64, adapters: u64, bf16: bool, worke
 }
 
 /// Whether `available` bytes of memory suffice.
-pub(super) fn memory(need: Need, available: u64) -> Line {
+pub(super) fn memory(need: Need, count: SlotCount, available: u64) -> Line {
     const CHECK: &str = "memory";
-    let slots = need.state.saturating_mul(2);
+    let slots = need.state.saturating_mul(count.get().into());
     let all = slots.saturating_add(need.workers).saturating_add(need.base);
     let workers = match need.workers {
         0 => String::new(),
@@ -163,18 +164,20 @@ pub(super) fn memory(need: Need, available: u64) -> Line {
         bytes => format!(", {} for the files of model.init_from", human::bytes(bytes)),
     };
     let found = format!(
-        "{} available; a run takes about {}: {} for two snapshot slots{workers}{base}",
+        "{} available; a run takes about {}: {} for {}{workers}{base}",
         human::bytes(available),
         human::bytes(all),
         human::bytes(slots),
+        if count == SlotCount::ONE { "one snapshot slot" } else { "two snapshot slots" },
     );
     if all > available {
-        return Line::fail(
-            CHECK,
-            Kind::Config,
-            found,
-            "use a machine with more memory, fewer workers, or a smaller model; in a container, raise its limit",
-        );
+        let todo = "use a machine with more memory, fewer workers, or a smaller model; in a container, raise its limit";
+        let todo = if count != SlotCount::ONE && all - need.state <= available {
+            format!("--set checkpoint.slots=1 halves what the slots take; or {todo}")
+        } else {
+            todo.to_owned()
+        };
+        return Line::fail(CHECK, Kind::Config, found, todo);
     }
     if all > available / 10 * 9 {
         return Line::warn(CHECK, found, "little is left for the page cache and for everything else");
@@ -373,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn two_slots_and_the_workers_must_fit() {
+    fn the_slots_and_the_workers_must_fit() {
         let gib = 1_u64 << 30;
         assert_eq!(need(1_000_000_000, true, 8, false), Need { state: 14_000_000_000, workers: 0, base: 0 });
         let workers = 2 * (16_000_000 + WORK_SPACE);
@@ -385,8 +388,14 @@ mod tests {
         assert_eq!(need(u64::MAX, true, 2, true).state, u64::MAX);
         let need = Need { state: 10 * gib, workers: 4 * gib, base: gib };
         for (available, expected) in [(20 * gib, FAIL), (26 * gib, WARN), (28 * gib, OK), (0, FAIL)] {
-            assert_eq!(is(&memory(need, available)), expected, "{available}");
+            assert_eq!(is(&memory(need, SlotCount::TWO, available)), expected, "{available}");
         }
+        for (available, expected) in [(14 * gib, FAIL), (16 * gib, WARN), (20 * gib, OK)] {
+            assert_eq!(is(&memory(need, SlotCount::ONE, available)), expected, "{available}");
+        }
+        let todo = |count, available| format!("{:?}", memory(need, count, available)).contains("checkpoint.slots=1");
+        assert!(todo(SlotCount::TWO, 20 * gib), "one slot fits");
+        assert!(!todo(SlotCount::TWO, 14 * gib) && !todo(SlotCount::ONE, 14 * gib), "not even that");
     }
 
     #[test]

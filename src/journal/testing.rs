@@ -39,6 +39,7 @@ pub(super) fn config() -> RunConfig {
                 max_micro_batch: 4,
                 seed: 1,
                 precision: Precision::Fp32,
+                activations: crate::config::Activations::Keep,
                 threads: 1,
                 optimizer: OptimizerConfig {
                     lr: 1e-3,
@@ -62,6 +63,7 @@ pub(super) fn config() -> RunConfig {
             every: Cadence::Auto,
             keep: Keep { last: 3, every: None, best: 0 },
             scrub: None,
+            slots: crate::ids::SlotCount::TWO,
             price_per_gib_month: 0.023,
         },
         notice: NoticeConfig::default(),

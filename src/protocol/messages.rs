@@ -5,14 +5,14 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ids::{Fingerprint, Generation, LocalRank, Rank, Step, WorldSize},
+    ids::{Fingerprint, Generation, LocalRank, Rank, SlotCount, Step, WorldSize},
     snapshot::{
         mode::CaptureMode,
-        plan::{ImagePlan, TensorSpec},
+        plan::{SlotCopy, TensorSpec},
     },
 };
 
-/// The descriptors of the node's two slots in a worker; its standard input is the control socket.
+/// The descriptors of the node's slots in a worker: of as many as there are. Its standard input is the control socket.
 pub const SLOT_FDS: [i32; 2] = [3, 4];
 /// The descriptor of the weights that adapters are trained beside, if there are any.
 pub const BASE_FD: i32 = 5;
@@ -31,12 +31,12 @@ pub enum ToWorker {
         /// Its port.
         port: u16,
     },
-    /// The layout of the worker's image; both slots have room for it now.
+    /// What the worker copies at each save, and where to; the slots have room for it now.
     Layout {
-        /// Your image.
-        plan: Box<ImagePlan>,
-        /// Its first byte in each slot; a multiple of the page.
-        base: u64,
+        /// The number of slots.
+        slots: SlotCount,
+        /// In a slot; the same in each.
+        copies: Vec<SlotCopy>,
     },
     /// A slot holds the state to load, verified: load it.
     Restore {
@@ -84,7 +84,7 @@ pub enum ToWorker {
 pub struct SaveOrder {
     /// The step after which the state is copied.
     pub step: Step,
-    /// The slot: 0 or 1.
+    /// The slot, from 0.
     pub slot: u8,
     /// Whether the loop waits for the copy.
     pub mode: CaptureMode,

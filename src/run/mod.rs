@@ -320,8 +320,8 @@ impl Runner {
             run_id,
             node,
             journal: JournalWriter::start(journal),
+            slots: Slots::create(resolved.config.checkpoint.slots)?,
             resolved: Arc::new(resolved),
-            slots: Slots::create()?,
             estimates: Estimates::default(),
             reporter,
             nproc_per_node,
@@ -470,6 +470,7 @@ impl Runner {
         let resolving = Resolving { run, nproc_per_node, options, reporter, settings };
         match resolving.existing_run(&self.journal.state(), &self.overrides, self.from).await? {
             Standing::Open(resolved, overrides) => {
+                self.slots.set_count(resolved.config.checkpoint.slots)?;
                 (self.resolved, self.overrides) = (Arc::from(resolved), overrides);
                 Ok(None)
             }

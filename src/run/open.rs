@@ -167,6 +167,7 @@ impl Resolving<'_> {
 
     /// Checks everything that a new run's configuration names, and fetches its data.
     async fn new_run(&self, config: &RunConfig) -> Result<Resolved> {
+        self.options.nodes.carry(config)?;
         let resolved = Resolved::of_new_run(config, self.site()).await?;
         resolved.workload.verify().await?;
         Ok(resolved)
@@ -194,6 +195,7 @@ impl Resolving<'_> {
             return Ok(Standing::Complete(step, self.options.then(&config, false)));
         }
         self.known(&config);
+        self.options.nodes.carry(&config)?;
         let accepted = self.options.accepts_data || workload::names_data(&overrides);
         let resolved = Resolved::of_existing_run(&config, self.site(), self.run, state, accepted).await?;
         Ok(Standing::Open(Box::new(resolved), overrides))

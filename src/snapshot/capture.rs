@@ -3,54 +3,85 @@
 //! State changes only in the optimizer step. [`Capture::start`] hands the copies to threads (or, on a GPU, to a side
 //! stream) and returns; the loop continues to compute, reading the same tensors, and calls [`Capture::wait`] right
 //! before it changes them. Dropping an unfinished capture waits for it: no copy outlives the tensors.
+//!
+//! A rank writes the ranges that the plan gives it ([`super::plan`]): in its own image and, where it has parts of
+//! weights, in those of other ranks of its node. It borrows exactly these ranges of each slot, so no byte is lent to
+//! two ranks, and pins the pages in which they lie. A page in which two ranks write is pinned by both, which the driver
+//! allows: it counts each process's pins by itself. So a GPU copies at full speed into any image, and no second copy
+//! through a pinned buffer is needed.
+//!
+//! *Crash* in the middle of a copy: the files that this rank writes into are neither old nor new. It has not said
+//! `Captured`, so none of them is uploaded, and none has the checksum of a checkpoint. *Retry:* none; see [`super`].
 
-use std::time::{Duration, Instant};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use tch::Tensor;
 
 use super::{
-    image::{ImageChunk, SharedImage},
-    plan::ImagePlan,
+    image::{ImageChunk, Pages, SharedImage, page_size},
+    plan::SlotCopy,
 };
 use crate::{
     error::{Context, Error, Kind, Result},
     torch::{CopyJob, CopyTicket, HostCopier, Pinned, TorchError},
 };
 
-/// Copies one rank's share of the state into its slots.
+/// One slot, as far as this rank writes into it.
+#[derive(Debug)]
+struct Slot {
+    /// Absent while a capture into it runs.
+    ranges: Option<Vec<ImageChunk>>,
+    _pinned: Vec<Pinned<Pages>>,
+}
+
+/// Copies one rank's share of the state into its node's slots.
 #[derive(Debug)]
 pub struct Capture {
     copier: HostCopier,
-    /// A slot is absent while a capture into it runs.
-    slots: [Option<Pinned<ImageChunk>>; 2],
-    /// The parts to copy: the tensor, its first byte in the image, its bytes.
-    parts: Vec<(Tensor, u64, u64)>,
-    running: Option<(u8, CopyTicket<Pinned<ImageChunk>>)>,
+    slots: Vec<Slot>,
+    parts: Vec<Source>,
+    running: Option<(u8, CopyTicket<ImageChunk>)>,
+}
+
+/// A tensor to copy.
+#[derive(Debug)]
+struct Source {
+    tensor: Tensor,
+    /// The range that it goes into, as an index, and its first byte there.
+    range: usize,
+    offset: u64,
+    len: u64,
 }
 
 impl Capture {
-    /// For the tensors that `plan` gives to this rank, out of `tensors` (the list that the plan was made from). Takes
-    /// the slots' memory at once (and pins it for a GPU), so that the first capture is as fast as the others. This
-    /// rank's image begins at byte `base` of the slots.
-    pub fn new(
-        plan: &ImagePlan,
-        base: u64,
-        slots: &[SharedImage; 2],
-        tensors: &[Tensor],
-        copier: HostCopier,
-    ) -> Result<Self> {
-        let mut parts = Vec::new();
-        for placement in plan.shards.iter().flat_map(|shard| &shard.tensors) {
+    /// For what `copies` give to this rank, out of `tensors` (the list that the plan was made from). Takes the memory
+    /// of its ranges at once (and pins it for a GPU), so that the first capture is as fast as the others.
+    pub fn new(copies: &[SlotCopy], slots: &[SharedImage], tensors: &[Tensor], copier: HostCopier) -> Result<Self> {
+        // A tensor without elements is in its file's header alone.
+        let mut copies: Vec<&SlotCopy> = copies.iter().filter(|copy| copy.len > 0).collect();
+        copies.sort_unstable_by_key(|copy| copy.offset);
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        let mut parts = Vec::with_capacity(copies.len());
+        for &&SlotCopy { tensor, offset, len } in &copies {
+            let end = offset.checked_add(len).ok_or_else(|| Error::new(Kind::Bug, "a tensor beyond 64 bits"))?;
+            match ranges.last_mut() {
+                Some(last) if last.end == offset => last.end = end,
+                _ => ranges.push(offset..end),
+            }
             let tensor = tensors
-                .get(placement.tensor)
-                .ok_or_else(|| Error::new(Kind::Bug, format!("plan names tensor {}", placement.tensor)))?;
-            parts.push((tensor.shallow_clone(), placement.offset, placement.len));
+                .get(tensor)
+                .ok_or_else(|| Error::new(Kind::Bug, format!("plan names tensor {tensor}")))?
+                .shallow_clone();
+            let range = ranges.len() - 1;
+            parts.push(Source { tensor, range, offset: offset - ranges[range].start, len });
         }
-        let slots = [
-            open(&slots[0], base, plan.len).context("map slot 0")?,
-            open(&slots[1], base, plan.len).context("map slot 1")?,
-        ];
-        Ok(Self { copier, slots: slots.map(Some), parts, running: None })
+        let pages = pages_of(&ranges, page_size());
+        let slots = slots.iter().zip(0..);
+        let open = |(slot, number)| open(slot, &ranges, &pages).context(format!("map slot {number}"));
+        Ok(Self { copier, slots: slots.map(open).collect::<Result<_>>()?, parts, running: None })
     }
 
     /// Starts copying the state as it is now into `slot`. `done` is called with the copy time, on a copy thread. The
@@ -60,12 +91,13 @@ impl Capture {
         let destination = self
             .slots
             .get_mut(usize::from(slot))
-            .and_then(Option::take)
+            .and_then(|slot| slot.ranges.take())
             .ok_or_else(|| Error::new(Kind::Bug, format!("order for slot {slot}, which is not there")))?;
-        let jobs = self.parts.iter().map(|(tensor, offset, len)| CopyJob {
-            tensor: tensor.shallow_clone(),
-            offset: *offset,
-            len: *len,
+        let jobs = self.parts.iter().map(|part| CopyJob {
+            tensor: part.tensor.shallow_clone(),
+            piece: part.range,
+            offset: part.offset,
+            len: part.len,
         });
         let ticket = self.copier.start(destination, jobs.collect(), done)?;
         self.running = Some((slot, ticket));
@@ -76,16 +108,161 @@ impl Capture {
     pub fn wait(&mut self) -> Result<Option<Duration>, TorchError> {
         let Some((slot, ticket)) = self.running.take() else { return Ok(None) };
         let begin = Instant::now();
-        self.slots[usize::from(slot)] = Some(ticket.wait()?.destination);
+        self.slots[usize::from(slot)].ranges = Some(ticket.wait()?.destination);
         Ok(Some(begin.elapsed()))
     }
 }
 
-fn open(slot: &SharedImage, base: u64, len: u64) -> Result<Pinned<ImageChunk>> {
+/// The pages in which `ranges` lie, which are in ascending order: no page is in two of them.
+fn pages_of(ranges: &[Range<u64>], page: u64) -> Vec<Range<u64>> {
+    let mut pages: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        let start = range.start / page * page;
+        let end = range.end.div_ceil(page).saturating_mul(page);
+        match pages.last_mut() {
+            Some(last) if last.end >= start => last.end = end,
+            _ => pages.push(start..end),
+        }
+    }
+    pages
+}
+
+fn open(slot: &SharedImage, ranges: &[Range<u64>], pages: &[Range<u64>]) -> Result<Slot> {
     let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error);
     let mapping = slot.map().map_err(memory)?;
-    let end = base.checked_add(len).ok_or_else(|| Error::new(Kind::Bug, "an image beyond the end of memory"))?;
-    mapping.prefault(base..end).map_err(memory)?;
-    let whole = mapping.chunks(&[std::ops::Range { start: base, end }]).map_err(memory)?.pop();
-    Ok(Pinned::new(whole.ok_or_else(|| Error::new(Kind::Bug, "empty image"))?)?)
+    let pin = |pages: &Range<u64>| -> Result<Pinned<Pages>> {
+        mapping.prefault(pages.clone()).map_err(memory)?;
+        Ok(Pinned::new(mapping.pages(pages.clone()).map_err(memory)?)?)
+    };
+    let pinned = pages.iter().map(pin).collect::<Result<_>>()?;
+    Ok(Slot { ranges: Some(mapping.chunks(ranges).map_err(memory)?), _pinned: pinned })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ids::{NodeRanks, Rank, WorldSize},
+        snapshot::plan::{CopyPlan, Dtype, ImagePlan, Part, ShardKind, TensorSpec, plan},
+    };
+
+    #[test]
+    fn pages_are_those_of_the_ranges_and_none_twice() {
+        let of = |ranges: &[Range<u64>]| pages_of(ranges, 4096);
+        assert_eq!(of(&[]), []);
+        assert_eq!(of(&[5..6]), [0..4096]);
+        assert_eq!(of(&[4096..8192]), [4096..8192]);
+        // Ranges of one page, of pages side by side, and far apart.
+        assert_eq!(of(&[100..200, 300..5000, 8192..8193, 20_000..20_001]), [0..12_288, 16_384..20_480]);
+    }
+
+    /// A weight of 5000 elements in three parts, another whole, and slices of a moment.
+    fn specs() -> Vec<TensorSpec> {
+        let spec = |name: &str, n, kind, part: Option<(u32, u64, u64)>| TensorSpec {
+            name: name.into(),
+            dtype: Dtype::F32,
+            shape: vec![n],
+            kind,
+            part: part.map(|(owner, begin, end)| Part { owner: Rank(owner), begin, end }),
+        };
+        let mut specs = Vec::new();
+        for (owner, begin, end) in [(0, 0, 1667), (1, 1667, 3334), (2, 3334, 5000)] {
+            specs.push(spec("w", 5000, ShardKind::Model, Some((owner, begin, end))));
+            specs.push(spec("exp_avg.w", 5000, ShardKind::Optimizer, Some((owner, begin, end))));
+        }
+        specs.push(spec("v", 300, ShardKind::Model, None));
+        specs.push(spec("none", 0, ShardKind::Model, None));
+        specs
+    }
+
+    /// What a rank of the node has: elements that say their place and the step; undefined where another has them.
+    fn tensors(specs: &[TensorSpec], rank: Rank, step: f64) -> Vec<Tensor> {
+        let tensor = |spec: &TensorSpec| match spec.part {
+            Some(part) if part.owner != rank => Tensor::new(),
+            _ => {
+                let begin = spec.part.map_or(0, |part| part.begin) as i64;
+                let end = begin + spec.bytes() as i64 / 4;
+                Tensor::arange_start(begin, end, (tch::Kind::Float, tch::Device::Cpu)) + 10_000.0 * step
+            }
+        };
+        specs.iter().map(tensor).collect()
+    }
+
+    /// Every rank's plan with its place in a slot, as an agent of all three lays them out.
+    fn slot_copies(plans: &[ImagePlan]) -> (Vec<Vec<SlotCopy>>, Vec<u64>, u64) {
+        let mut bases = vec![0];
+        for plan in plans {
+            bases.push(bases[bases.len() - 1] + plan.len);
+        }
+        let total = bases.pop().unwrap();
+        let placed = |copy: &CopyPlan| copy.within(bases[copy.image.get() as usize]).unwrap();
+        (plans.iter().map(|plan| plan.copies.iter().map(placed).collect()).collect(), bases, total)
+    }
+
+    fn values(bytes: &[u8]) -> Vec<f32> {
+        bytes.chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+    }
+
+    #[test]
+    fn ranks_fill_one_file_together_and_touch_nothing_else() {
+        let specs = specs();
+        let plans = plan(&specs, WorldSize(3), page_size()).unwrap();
+        super::super::plan::within(&plans, &specs, NodeRanks::alone(3)).unwrap();
+        let (copies, bases, total) = slot_copies(&plans);
+        let slots = [SharedImage::create("first").unwrap(), SharedImage::create("second").unwrap()];
+        for slot in &slots {
+            slot.grow(total).unwrap();
+        }
+        #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
+        slots[1].map().unwrap().chunks(&[0..total]).unwrap()[0].as_mut().fill(0xee);
+        // Each rank has loans of its own, as in a process of its own.
+        let inherited = || slots.each_ref().map(|slot| SharedImage::inherited(slot.try_clone().unwrap().into()));
+        let mut ranks: Vec<Capture> = (0..3)
+            .map(|rank| {
+                let tensors = tensors(&specs, Rank(rank), 3.0);
+                let copier = HostCopier::new(1, true).unwrap();
+                Capture::new(&copies[rank as usize], &inherited(), &tensors, copier).unwrap()
+            })
+            .collect();
+        for rank in &mut ranks {
+            rank.start(1, |_| ()).unwrap();
+        }
+        for rank in &mut ranks {
+            assert!(rank.wait().unwrap().is_some());
+        }
+        let image = slots[1].map().unwrap().bytes(0..total).unwrap();
+        let mut data = vec![false; total as usize];
+        for (plan, base) in plans.iter().zip(&bases) {
+            for place in plan.shards.iter().flat_map(|shard| &shard.tensors) {
+                let range = (base + place.offset) as usize..(base + place.offset + place.len) as usize;
+                data[range.clone()].fill(true);
+                let begin = specs[place.tensor].part.map_or(0, |part| part.begin);
+                let expected = (begin..).take(place.len as usize / 4).map(|at| at as f32 + 30_000.0);
+                assert!(values(&image[range]).into_iter().eq(expected), "{}", specs[place.tensor].name);
+            }
+        }
+        assert!(image.iter().zip(data).all(|(byte, data)| data || *byte == 0xee), "a byte that is no tensor's");
+        let other = slots[0].map().unwrap().bytes(0..total).unwrap();
+        assert!(other.iter().all(|byte| *byte == 0), "the other slot");
+    }
+
+    #[test]
+    fn copies_that_overlap_or_leave_the_slot_are_refused() {
+        let slot = SharedImage::create("slot").unwrap();
+        slot.grow(4096).unwrap();
+        let tensors = [Tensor::zeros([8], (tch::Kind::Float, tch::Device::Cpu))];
+        let copy = |tensor, offset| SlotCopy { tensor, offset, len: 32 };
+        let of = |copies: &[SlotCopy]| {
+            let slots = [SharedImage::inherited(slot.try_clone().unwrap().into())];
+            Capture::new(copies, &slots, &tensors, HostCopier::new(1, true).unwrap()).map(|_| ())
+        };
+        assert!(of(&[copy(0, 32), copy(0, 0)]).is_ok());
+        for copies in [&[copy(0, 0), copy(0, 31)][..], &[copy(0, 4080)], &[copy(1, 0)], &[copy(0, u64::MAX - 8)]] {
+            assert!(of(copies).is_err(), "{copies:?}");
+        }
+        let mut capture = Capture::new(&[], &[slot], &tensors, HostCopier::new(1, true).unwrap()).unwrap();
+        assert!(capture.start(1, |_| ()).is_err(), "there is one slot");
+        capture.start(0, |_| ()).unwrap();
+        assert!(capture.wait().unwrap().is_some(), "a rank that has nothing to copy has captured, too");
+    }
 }

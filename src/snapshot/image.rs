@@ -7,9 +7,9 @@
 //! Invariants: through one [`SharedImage`], its clones and all their mappings, the image's bytes are either lent for
 //! writing (as [`ImageChunk`]s) or for reading (as [`Bytes`]), never both; writers are lent to only once. Loans are
 //! counted per image, not per mapping, so aborted tasks and unfinished reads still count ([`SharedImage::is_lent`]).
-//! Between the two processes the control protocol regulates access: a worker writes a slot between a `SaveOrder` for it
-//! and its `Captured` answer, the agent reads it after every rank's `Captured` and gives it out again only when the
-//! upload has ended.
+//! Between the processes the control protocol regulates access: a worker writes its ranges of a slot, which are no
+//! other rank's, between a `SaveOrder` for it and its `Captured` answer; the agent reads the slot after *every* rank's
+//! `Captured` and gives it out again only when the upload has ended.
 //!
 //! On a crash of either side the kernel frees the memory with its last mapping. Sealing is not used, because the agent
 //! sizes an image only after the worker has reported the state's layout.
@@ -27,6 +27,8 @@ use std::{
 use bytes::Bytes;
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::MemfdFlags;
+
+use crate::torch::Mapped;
 
 /// The loans of an image's bytes in this process: as many for reading as it is above zero, as many for writing as it is
 /// below.
@@ -177,6 +179,12 @@ impl Mapping {
         Ok((start, end - start))
     }
 
+    /// Pages of the image, at an address that stays: nothing is lent.
+    pub fn pages(&self, range: Range<u64>) -> io::Result<Pages> {
+        let (offset, len) = self.check(&range)?;
+        Ok(Pages { shared: Arc::clone(&self.shared), offset, len })
+    }
+
     /// Lends disjoint ranges for writing; they must be in ascending order. Refused while anything of the image is lent.
     pub fn chunks(&self, ranges: &[Range<u64>]) -> io::Result<Vec<ImageChunk>> {
         let mut end = 0;
@@ -205,6 +213,22 @@ impl Mapping {
     }
 }
 
+/// A range of an image that stays mapped while this exists. Its bytes can't be reached through it.
+#[derive(Debug)]
+pub struct Pages {
+    shared: Arc<Shared>,
+    offset: usize,
+    len: usize,
+}
+
+// SAFETY: the range was checked to lie in the mapping, which `shared` keeps alive, where it is.
+unsafe impl Mapped for Pages {
+    fn memory(&self) -> (*mut u8, usize) {
+        // SAFETY: `offset` is at most the mapping's length.
+        (unsafe { self.shared.pointer().add(self.offset) }, self.len)
+    }
+}
+
 /// A range of an image, lent for writing.
 #[derive(Debug)]
 pub struct ImageChunk {
@@ -217,8 +241,8 @@ impl AsMut<[u8]> for ImageChunk {
     fn as_mut(&mut self) -> &mut [u8] {
         // SAFETY: `offset..offset + len` was checked to lie in the mapping, which `shared` keeps alive; chunks are
         // disjoint and no reader exists while one is lent (`Mapping::chunks`, `Mapping::bytes`), so this is the only
-        // reference in this process; the other process does not touch the slot during a capture (the module's
-        // protocol). Any byte is a valid u8.
+        // reference in this process; no other process touches these bytes during a capture (the module's protocol).
+        // Any byte is a valid u8.
         unsafe { std::slice::from_raw_parts_mut(self.shared.pointer().add(self.offset), self.len) }
     }
 }

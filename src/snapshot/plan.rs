@@ -1,24 +1,39 @@
-//! Which rank writes which tensor bytes, and their places in its image.
+//! Which rank writes which tensor bytes, and their places in the images of the ranks.
 //!
-//! A replicated tensor is written once, by the rank that the plan assigns it to: the largest first, always to the rank
-//! with the fewest bytes so far, so that every rank writes about the same amount. A tensor's [`Part`] that only one
-//! rank has (under ZeRO-1) is written by that rank, under the name of a slice ([`slices`]); adapters are written by the
-//! first rank, because their readers know one file. The plan is a pure function of (tensors, world size): every process
-//! makes the same plan from the same list.
+//! An image is what a file lies in; a copy is what a rank writes. A replicated tensor is stored once, in the image of
+//! the rank that the plan assigns it to, which copies it: the largest first, always to the rank with the fewest bytes
+//! so far, so that every rank has about the same amount. A tensor's [`Part`] that only one rank has is stored in one of
+//! two ways:
 //!
-//! Stored layout of one rank's image: its model shard, or the adapters; then, at the next page boundary, its optimizer
+//! - *A weight* of which each rank has a range ([`ShardKind::Model`]) is stored whole under its plain name, in the file
+//!   that a replicated weight would be in: model files are the same whatever the strategy. Each rank copies its own
+//!   range into that file, wherever it lies; so the ranks write into each other's images, never the same byte, and need
+//!   no collective to save. They share memory, so all of them must be on one node ([`within`]).
+//! - *Everything else* (moments) is stored by its rank under the name of a slice ([`slices`]).
+//!
+//! Adapters are written by the first rank, because their readers know one file. The plan is a pure function of
+//! (tensors, world size): every process makes the same plan from the same list.
+//!
+//! Stored layout of one image: the rank's model shard, or the adapters; then, at the next page boundary, its optimizer
 //! shard. A shard is a complete safetensors file ([`crate::format::header`]) whose tensors follow one another without a
-//! gap, those with the largest elements first, so that each is aligned, then by name. Shapes never change during a run,
-//! so headers are written once, when the plan is made; a capture writes tensor bytes only.
+//! gap, those with the largest elements first, so that each is aligned, then by name. A part is counted in elements, so
+//! it begins and ends on one. Shapes never change during a run, so headers are written once, when the plan is made; a
+//! capture writes tensor bytes only.
+//!
+//! Invariant: the copies of all ranks together write each byte of tensor data exactly once; the parts of a weight are
+//! checked to hold each of its elements exactly once before there is a plan.
+//!
+//! Nothing here is stored. *Crash of a rank* in the middle of its copies: every file that it writes into is unusable,
+//! which is why no file of a node is read before all of its ranks have captured the step ([`super`]).
 
-use std::{collections::HashSet, ops::Range};
+use std::{collections::HashMap, ops::Range};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Explain, Kind},
     format::{header, slices},
-    ids::{Rank, WorldSize},
+    ids::{NodeRanks, Rank, WorldSize},
     layout,
 };
 
@@ -47,6 +62,27 @@ pub enum PlanError {
     /// A part that is not within its tensor, or belongs to a rank that does not exist.
     #[error("tensor {0:?} has a part outside of it, or of a rank outside of the world")]
     Part(String),
+    /// Parts of one weight that differ in their extents or element type.
+    #[error("the parts of tensor {0:?} are of different extents or element types")]
+    Mixed(String),
+    /// Parts of one weight that are not all of it, or hold an element twice.
+    #[error("tensor {name:?} {why}")]
+    Cover {
+        /// The weight.
+        name: String,
+        /// The elements, and what is wrong with them.
+        why: String,
+    },
+    /// A rank would copy its part of a weight into the memory of another node.
+    #[error("tensor {name:?} is in parts on several nodes: rank {owner} has one, and its file is one of rank {image}")]
+    Elsewhere {
+        /// The weight.
+        name: String,
+        /// The rank that has the part.
+        owner: Rank,
+        /// The rank whose image has the file.
+        image: Rank,
+    },
     /// Sizes beyond 64 bits, or a header beyond what readers accept.
     #[error("tensor {0:?} makes the state too large for a file")]
     TooLarge(String),
@@ -54,41 +90,49 @@ pub enum PlanError {
 
 impl Explain for PlanError {
     fn kind(&self) -> Kind {
-        // The list is the model's own: a person can fix it only by choosing another model.
-        Kind::Bug
+        match self {
+            Self::Elsewhere { .. } => Kind::Config,
+            // The list is the model's own: a person can fix it only by choosing another model.
+            _ => Kind::Bug,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        let hint = "use one node, or a strategy whose ranks have whole weights: --set parallel.strategy=zero1";
+        matches!(self, Self::Elsewhere { .. }).then(|| hint.to_owned())
     }
 }
 
 /// Divides `tensors` over the ranks and lays out every rank's image; one [`ImagePlan`] per rank, in the order of ranks.
 ///
-/// Parts go to their owners. The others are assigned largest first, each to the rank with the fewest bytes so far
-/// (ties: the lowest rank; equal sizes: by name), so without parts no rank has more than the average plus one largest
+/// Slices go to their owners. The others are assigned largest first, each to the rank with the fewest bytes so far
+/// (ties: the lowest rank; equal sizes: by name), so without slices no rank has more than the average plus one largest
 /// tensor (Graham 1969, list scheduling). `page`: bytes of a memory page.
 pub fn plan(tensors: &[TensorSpec], world: WorldSize, page: u64) -> Result<Vec<ImagePlan>, PlanError> {
     if world.get() == 0 || !page.is_power_of_two() {
         return Err(PlanError::World { world, page });
     }
-    let sizes = checked_sizes(tensors, world)?;
-    let owned = assign(tensors, &sizes, world);
+    let stored = stored(tensors, world)?;
+    let assigned = assign(&stored, world);
 
-    let count = |kind| owned.iter().filter(|own| own.iter().any(|&t| tensors[t].kind == kind)).count();
+    let count = |kind| assigned.iter().filter(|own| own.iter().any(|&at| stored[at].kind == kind)).count();
     let mut model = Numbering { stem: "model", next: 1, of: count(ShardKind::Model) };
     let mut optimizer = Numbering { stem: "optimizer", next: 1, of: count(ShardKind::Optimizer) };
-    let mut plans = Vec::with_capacity(owned.len());
-    for (rank, own) in (0..).map(Rank).zip(&owned) {
-        let mut image = ImagePlan { rank, len: 0, shards: Vec::new() };
+    let mut plans = Vec::with_capacity(assigned.len());
+    for (rank, own) in (0..).map(Rank).zip(&assigned) {
+        let mut image = ImagePlan { rank, len: 0, shards: Vec::new(), copies: Vec::new() };
         for kind in [ShardKind::Adapter, ShardKind::Model, ShardKind::Optimizer] {
-            let own: Vec<usize> = own.iter().copied().filter(|&t| tensors[t].kind == kind).collect();
-            if let Some(&last) = own.last() {
+            let own: Vec<&Stored> = own.iter().map(|&at| &stored[at]).filter(|it| it.kind == kind).collect();
+            if let Some(last) = own.last() {
                 let name = match kind {
                     ShardKind::Adapter => layout::ADAPTER.to_owned(),
                     ShardKind::Model => model.next(),
                     ShardKind::Optimizer => optimizer.next(),
                 };
-                let shard = lay_out(tensors, &sizes, own, kind, name, image.len);
+                let shard = lay_out(&own, kind, name, image.len);
                 let end = shard.as_ref().and_then(|shard| shard.image_offset.checked_add(shard.len));
                 let (Some(shard), Some(len)) = (shard, end.and_then(|end| end.checked_next_multiple_of(page))) else {
-                    return Err(PlanError::TooLarge(tensors[last].name.clone()));
+                    return Err(PlanError::TooLarge(last.name.clone()));
                 };
                 image.len = len;
                 image.shards.push(shard);
@@ -96,79 +140,146 @@ pub fn plan(tensors: &[TensorSpec], world: WorldSize, page: u64) -> Result<Vec<I
         }
         plans.push(image);
     }
+    add_copies(&mut plans, tensors, &stored);
     Ok(plans)
 }
 
-/// Bytes of every tensor; the error says why the list is not a valid state.
-fn checked_sizes(tensors: &[TensorSpec], world: WorldSize) -> Result<Vec<u64>, PlanError> {
+/// Checks that no rank of `plans`, made from `tensors`, writes into the memory of another node: `ranks` are this one's.
+pub fn within(plans: &[ImagePlan], tensors: &[TensorSpec], ranks: NodeRanks) -> Result<(), PlanError> {
+    let is_here = |rank| ranks.local(rank).is_some();
+    for plan in plans {
+        if let Some(copy) = plan.copies.iter().find(|copy| is_here(copy.image) != is_here(plan.rank)) {
+            let name = tensors.get(copy.tensor).map(|tensor| tensor.name.clone()).unwrap_or_default();
+            return Err(PlanError::Elsewhere { name, owner: plan.rank, image: copy.image });
+        }
+    }
+    Ok(())
+}
+
+/// What a file holds under one name.
+#[derive(Debug)]
+struct Stored {
+    /// Indices into the list of tensors: one, or the parts of a weight in the order of their elements.
+    tensors: Vec<usize>,
+    /// They are the parts of a weight.
+    in_parts: bool,
+    name: String,
+    dtype: Dtype,
+    shape: Vec<u64>,
+    kind: ShardKind,
+    bytes: u64,
+    /// The name of the tensor that it is of.
+    of: String,
+    /// The rank whose file it must be in; `None`: any.
+    owner: Option<Rank>,
+}
+
+/// What the files hold, in the order of `tensors`; the error says why the list is not a valid state.
+fn stored(tensors: &[TensorSpec], world: WorldSize) -> Result<Vec<Stored>, PlanError> {
     if tensors.is_empty() {
         return Err(PlanError::Empty);
     }
-    let mut names = HashSet::with_capacity(tensors.len());
+    let mut places: HashMap<String, usize> = HashMap::with_capacity(tensors.len());
+    let mut all: Vec<Stored> = Vec::with_capacity(tensors.len());
     let mut total = 0_u64;
-    let mut sizes = Vec::with_capacity(tensors.len());
-    for tensor in tensors {
+    for (index, tensor) in tensors.iter().enumerate() {
         if tensor.name.is_empty() || tensor.name == header::METADATA {
             return Err(PlanError::Name(tensor.name.clone()));
         }
-        let whole = tensor.dtype.bytes(&tensor.shape).ok_or_else(|| PlanError::TooLarge(tensor.name.clone()))?;
+        let too_large = || PlanError::TooLarge(tensor.name.clone());
+        let whole = tensor.dtype.bytes(&tensor.shape).ok_or_else(too_large)?;
         if let Some(part) = &tensor.part
             && (part.begin >= part.end || part.end > whole / tensor.dtype.size() || part.owner.get() >= world.get())
         {
             return Err(PlanError::Part(tensor.name.clone()));
         }
-        let stored = tensor.stored_name();
-        if names.contains(&stored) {
-            return Err(PlanError::Duplicate(stored));
+        let (name, in_parts) = (tensor.stored_name(), tensor.is_part_of_whole());
+        match places.get(&name).and_then(|&at| all.get_mut(at)) {
+            Some(one) if in_parts && one.in_parts => {
+                if (one.dtype, &one.shape) != (tensor.dtype, &tensor.shape) {
+                    return Err(PlanError::Mixed(name));
+                }
+                one.tensors.push(index);
+                continue;
+            }
+            Some(_) => return Err(PlanError::Duplicate(name)),
+            None => {}
         }
-        names.insert(stored);
-        let bytes = tensor.dtype.bytes(&tensor.stored_shape());
-        let sum = bytes.and_then(|bytes| total.checked_add(bytes));
-        let (Some(bytes), Some(sum)) = (bytes, sum) else {
-            return Err(PlanError::TooLarge(tensor.name.clone()));
+        let shape = tensor.stored_shape();
+        let bytes = tensor.dtype.bytes(&shape).ok_or_else(too_large)?;
+        total = total.checked_add(bytes).ok_or_else(too_large)?;
+        let owner = match (&tensor.part, tensor.kind) {
+            (Some(part), _) if !in_parts => Some(part.owner),
+            // Adapters are one file.
+            (None, ShardKind::Adapter) => Some(Rank(0)),
+            _ => None,
         };
-        total = sum;
-        sizes.push(bytes);
+        let TensorSpec { name: of, dtype, kind, .. } = tensor.clone();
+        places.insert(name.clone(), all.len());
+        all.push(Stored { tensors: vec![index], in_parts, name, dtype, shape, kind, bytes, of, owner });
     }
-    Ok(sizes)
+    for one in all.iter_mut().filter(|one| one.in_parts) {
+        let range = |&index: &usize| tensors[index].part.map_or(0..0, |part| part.begin..part.end);
+        one.tensors.sort_by_key(|index| range(index).start);
+        slices::check_cover(one.tensors.iter().map(range), one.bytes / one.dtype.size())
+            .map_err(|why| PlanError::Cover { name: one.name.clone(), why })?;
+    }
+    Ok(all)
 }
 
-/// Which tensors each rank writes, in file order.
-fn assign(tensors: &[TensorSpec], sizes: &[u64], world: WorldSize) -> Vec<Vec<usize>> {
-    let mut order: Vec<usize> = (0..tensors.len()).collect();
-    order.sort_by(|&a, &b| sizes[b].cmp(&sizes[a]).then_with(|| tensors[a].name.cmp(&tensors[b].name)));
-    let mut owned = vec![Vec::new(); world.get() as usize];
-    // Adapters are one file.
-    let owner = |tensor: usize| match (&tensors[tensor].part, tensors[tensor].kind) {
-        (Some(part), _) => Some(part.owner.get() as usize),
-        (None, ShardKind::Adapter) => Some(0),
-        (None, _) => None,
-    };
-    let (fixed, free): (Vec<usize>, Vec<usize>) = order.into_iter().partition(|&tensor| owner(tensor).is_some());
-    let mut fixed_loads = vec![0; owned.len()];
-    for tensor in fixed {
-        if let Some(owner) = owner(tensor) {
-            owned[owner].push(tensor);
-            fixed_loads[owner] += sizes[tensor];
+/// Which of what is stored each rank's files hold, in file order.
+fn assign(stored: &[Stored], world: WorldSize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..stored.len()).collect();
+    order.sort_by(|&a, &b| stored[b].bytes.cmp(&stored[a].bytes).then_with(|| stored[a].of.cmp(&stored[b].of)));
+    let mut assigned = vec![Vec::new(); world.get() as usize];
+    let (fixed, free): (Vec<usize>, Vec<usize>) = order.into_iter().partition(|&at| stored[at].owner.is_some());
+    let mut fixed_loads = vec![0; assigned.len()];
+    for at in fixed {
+        if let Some(Rank(owner)) = stored[at].owner {
+            assigned[owner as usize].push(at);
+            fixed_loads[owner as usize] += stored[at].bytes;
         }
     }
     let mut loads: std::collections::BTreeSet<(u64, u32)> = fixed_loads.into_iter().zip(0..).collect();
-    for tensor in free {
+    for at in free {
         // There is at least one rank, and each one taken out is put back.
         if let Some((load, rank)) = loads.pop_first() {
-            owned[rank as usize].push(tensor);
-            loads.insert((load + sizes[tensor], rank));
+            assigned[rank as usize].push(at);
+            loads.insert((load + stored[at].bytes, rank));
         }
     }
-    for own in &mut owned {
-        own.sort_by(|&a, &b| file_order(&tensors[a], &tensors[b]));
+    // The order in a file: largest elements first, so that each is aligned to its own; then by name.
+    for own in &mut assigned {
+        let key = |at: usize| (stored[at].dtype, stored[at].name.as_str());
+        own.sort_by(|&a, &b| header::file_order(key(a), key(b)));
     }
-    owned
+    assigned
 }
 
-/// The order of tensors in a file: largest elements first, so that each is aligned to its own; then by name.
-fn file_order(a: &TensorSpec, b: &TensorSpec) -> std::cmp::Ordering {
-    header::file_order((a.dtype, &a.stored_name()), (b.dtype, &b.stored_name()))
+/// Adds to every rank's plan what it copies, into which image and where.
+fn add_copies(plans: &mut [ImagePlan], tensors: &[TensorSpec], stored: &[Stored]) {
+    let in_parts = stored.iter().filter(|one| one.in_parts);
+    let parts: HashMap<usize, &[usize]> = in_parts.map(|one| (one.tensors[0], one.tensors.as_slice())).collect();
+    let mut copies = vec![Vec::new(); plans.len()];
+    for plan in plans.iter() {
+        for &Placement { tensor, offset, len } in plan.shards.iter().flat_map(|shard| &shard.tensors) {
+            let Some(parts) = parts.get(&tensor) else {
+                copies[plan.rank.get() as usize].push(CopyPlan { tensor, image: plan.rank, offset, len });
+                continue;
+            };
+            for &tensor in *parts {
+                let spec = &tensors[tensor];
+                if let Some(Part { owner, begin, .. }) = spec.part {
+                    // Within the weight, whose bytes fit: checked before.
+                    let offset = offset + begin * spec.dtype.size();
+                    copies[owner.get() as usize].push(CopyPlan { tensor, image: plan.rank, offset, len: spec.bytes() });
+                }
+            }
+        }
+    }
+    for (plan, copies) in plans.iter_mut().zip(copies) {
+        plan.copies = copies;
+    }
 }
 
 /// Hands out the names `stem-00001-of-0000N.safetensors` and so on.
@@ -187,22 +298,13 @@ impl Numbering {
 }
 
 /// One file at `image_offset`; `None` if it would be too long.
-fn lay_out(
-    tensors: &[TensorSpec],
-    sizes: &[u64],
-    own: Vec<usize>,
-    kind: ShardKind,
-    file_name: String,
-    image_offset: u64,
-) -> Option<ShardPlan> {
-    let stored = |&t: &usize| (tensors[t].stored_name(), tensors[t].dtype, tensors[t].stored_shape());
-    let stored: Vec<_> = own.iter().map(stored).collect();
-    let header = header::write(stored.iter().map(|(name, dtype, shape)| (name.as_str(), *dtype, shape.as_slice())))?;
+fn lay_out(own: &[&Stored], kind: ShardKind, file_name: String, image_offset: u64) -> Option<ShardPlan> {
+    let header = header::write(own.iter().map(|one| (one.name.as_str(), one.dtype, one.shape.as_slice())))?;
     let mut len = header.len() as u64;
     let mut placements = Vec::with_capacity(own.len());
-    for tensor in own {
-        placements.push(Placement { tensor, offset: image_offset.checked_add(len)?, len: sizes[tensor] });
-        len = len.checked_add(sizes[tensor])?;
+    for one in own {
+        placements.push(Placement { tensor: one.tensors[0], offset: image_offset.checked_add(len)?, len: one.bytes });
+        len = len.checked_add(one.bytes)?;
     }
     Some(ShardPlan { kind, file_name, image_offset, len, header, tensors: placements })
 }
@@ -248,7 +350,8 @@ pub enum ShardKind {
     Optimizer,
 }
 
-/// The elements of a tensor that only one rank has, counted in row-major order.
+/// The elements of a tensor that only one rank has, counted in row-major order: of a weight that is stored whole, of
+/// anything else a slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
     /// The rank that has and writes them.
@@ -276,25 +379,38 @@ pub struct TensorSpec {
 }
 
 impl TensorSpec {
-    /// Its name in a file, unique over the whole state.
+    /// Whether a file holds it as a range of the whole tensor, beside the ranges of other ranks.
+    fn is_part_of_whole(&self) -> bool {
+        self.kind == ShardKind::Model && self.part.is_some()
+    }
+
+    /// Its name in a file, unique over the whole state but for the parts of one weight, which share it.
     pub fn stored_name(&self) -> String {
         match &self.part {
-            Some(part) => slices::stored_name(&self.name, &(part.begin..part.end), self.elements()),
-            None => self.name.clone(),
+            Some(part) if !self.is_part_of_whole() => {
+                slices::stored_name(&self.name, &(part.begin..part.end), self.elements())
+            }
+            _ => self.name.clone(),
         }
     }
 
-    /// Its extents in a file.
+    /// The extents of what a file has under that name.
     pub fn stored_shape(&self) -> Vec<u64> {
         match &self.part {
-            Some(part) if (part.begin..part.end) != (0..self.elements()) => vec![part.end.saturating_sub(part.begin)],
+            Some(part) if !self.is_part_of_whole() && (part.begin..part.end) != (0..self.elements()) => {
+                vec![part.end.saturating_sub(part.begin)]
+            }
             _ => self.shape.clone(),
         }
     }
 
-    /// Bytes of its data in a file; `u64::MAX` if they don't fit 64 bits, which no plan accepts.
+    /// Bytes of it that its rank has; `u64::MAX` if they don't fit 64 bits, which no plan accepts.
     pub fn bytes(&self) -> u64 {
-        self.dtype.bytes(&self.stored_shape()).unwrap_or(u64::MAX)
+        let bytes = match &self.part {
+            Some(part) => part.end.saturating_sub(part.begin).checked_mul(self.dtype.size()),
+            None => self.dtype.bytes(&self.shape),
+        };
+        bytes.unwrap_or(u64::MAX)
     }
 
     /// Elements of the whole tensor; `u64::MAX` if they don't fit 64 bits.
@@ -303,21 +419,22 @@ impl TensorSpec {
     }
 }
 
-/// The place of one tensor's bytes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The place of what a file has under one name.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
-    /// Index into the list of [`TensorSpec`]s that the plan was made from.
+    /// Index into the list of [`TensorSpec`]s that the plan was made from; of a weight in parts, that of the part with
+    /// its first element.
     pub tensor: usize,
     /// First byte, counted from the start of the *image*.
     pub offset: u64,
-    /// Bytes.
+    /// Bytes, of all parts.
     pub len: u64,
 }
 
-/// One shard file of one rank.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// One shard file.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardPlan {
-    /// Which of the two files.
+    /// Which of the files.
     pub kind: ShardKind,
     /// The object's name within the checkpoint folder.
     pub file_name: String,
@@ -331,19 +448,55 @@ pub struct ShardPlan {
     pub tensors: Vec<Placement>,
 }
 
-/// One rank's image.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What a rank copies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyPlan {
+    /// Index into the list of [`TensorSpec`]s that the plan was made from: a tensor that this rank has.
+    pub tensor: usize,
+    /// The rank whose image it is copied into: this one, unless the tensor is a part of a weight.
+    pub image: Rank,
+    /// First byte within that image.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl CopyPlan {
+    /// Its place in a slot in which that image begins at byte `base`; `None`: beyond 64 bits.
+    pub fn within(&self, base: u64) -> Option<SlotCopy> {
+        let offset = base.checked_add(self.offset)?;
+        Some(SlotCopy { tensor: self.tensor, offset, len: self.len })
+    }
+}
+
+/// One rank's image, and what the rank copies.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImagePlan {
-    /// The rank that writes it.
+    /// The rank.
     pub rank: Rank,
-    /// Bytes of the image, a multiple of the page size; 0 if the rank writes nothing.
+    /// Bytes of the image, a multiple of the page size; 0 if no file is in it.
     pub len: u64,
     /// Its files; a rank with no tensor of a kind has no file of that kind.
     pub shards: Vec<ShardPlan>,
+    /// What this rank writes, by image and place.
+    pub copies: Vec<CopyPlan>,
+}
+
+/// What a worker copies, and where to: a [`CopyPlan`] whose image has its place in the node's slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotCopy {
+    /// Index into the list of [`TensorSpec`]s that the plan was made from.
+    pub tensor: usize,
+    /// First byte within a slot.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -462,6 +615,130 @@ mod tests {
         for bad in [part("w", 0, 64, 101), part("w", 0, 9, 9), part("w", 3, 0, 9), part("w", 0, 9, u64::MAX)] {
             assert_eq!(plan(&[bad], WorldSize(3), 4096), Err(PlanError::Part("w".into())));
         }
+    }
+
+    /// The files of all ranks, by name, as the copies of all ranks fill them: a byte says its tensor's
+    /// name and its place in the whole tensor.
+    fn files(tensors: &[TensorSpec], plans: &[ImagePlan]) -> BTreeMap<String, Vec<u8>> {
+        let whole = |name: &str, at: u64| (name.bytes().map(u64::from).sum::<u64>() + at) as u8;
+        let mut images: Vec<Vec<u8>> = plans.iter().map(|plan| vec![0xee; plan.len as usize]).collect();
+        for (rank, plan) in (0..).map(Rank).zip(plans) {
+            for copy in &plan.copies {
+                let spec = &tensors[copy.tensor];
+                let begin = spec.part.map_or(0, |part| part.begin) * spec.dtype.size();
+                assert!(spec.part.is_none_or(|part| part.owner == rank), "copied by another than its owner");
+                assert_eq!(copy.len, spec.bytes());
+                let target = &mut images[copy.image.get() as usize][copy.offset as usize..][..copy.len as usize];
+                target.iter_mut().zip(begin..).for_each(|(byte, at)| *byte = whole(&spec.name, at));
+            }
+        }
+        let mut files = BTreeMap::new();
+        for (plan, image) in plans.iter().zip(images) {
+            for shard in &plan.shards {
+                let mut file = image[shard.image_offset as usize..][..shard.len as usize].to_vec();
+                file[..shard.header.len()].copy_from_slice(&shard.header);
+                assert!(files.insert(shard.file_name.clone(), file).is_none());
+            }
+        }
+        files
+    }
+
+    /// `tensors` with every weight in as many parts as there are ranks, cut as a flat bucket of all weights would be.
+    fn in_parts(tensors: &[TensorSpec], world: u32) -> Vec<TensorSpec> {
+        let weights = || tensors.iter().filter(|tensor| tensor.kind == ShardKind::Model);
+        let all: u64 = weights().map(TensorSpec::elements).sum();
+        let chunk = all.div_ceil(u64::from(world)).max(1);
+        let mut parts: Vec<TensorSpec> =
+            tensors.iter().filter(|tensor| tensor.kind != ShardKind::Model).cloned().collect();
+        for owner in 0..world {
+            let (from, to) = (chunk * u64::from(owner), chunk * u64::from(owner + 1));
+            let mut start = 0;
+            for tensor in weights() {
+                let end = start + tensor.elements();
+                let (first, last) = (from.max(start), to.min(end));
+                if first < last {
+                    let part = Part { owner: Rank(owner), begin: first - start, end: last - start };
+                    parts.push(TensorSpec { part: Some(part), ..tensor.clone() });
+                }
+                start = end;
+            }
+        }
+        // A tensor without elements has no parts.
+        parts.extend(weights().filter(|tensor| tensor.elements() == 0).cloned());
+        parts
+    }
+
+    #[test]
+    fn weights_in_parts_make_the_files_of_whole_weights_to_the_last_byte() {
+        let slices = |world: u32| -> Vec<TensorSpec> {
+            let slice = |owner: u32, name: &str| TensorSpec {
+                part: Some(Part { owner: Rank(owner), begin: u64::from(owner) * 2, end: u64::from(owner) * 2 + 2 }),
+                ..tensor(&format!("exp_avg.{name}"), Dtype::F32, &[u64::from(world) * 2], ShardKind::Optimizer)
+            };
+            (0..world).flat_map(|owner| ["norm", "up"].map(|name| slice(owner, name))).collect()
+        };
+        let weights: Vec<_> = sample().into_iter().filter(|tensor| tensor.kind == ShardKind::Model).collect();
+        for world in 1..=5 {
+            for (what, whole) in [
+                ("ddp", sample()),
+                ("weights alone", weights.clone()),
+                ("zero1", [weights.clone(), slices(world)].concat()),
+            ] {
+                let parts = in_parts(&whole, world);
+                let (one, other) =
+                    (plan(&whole, WorldSize(world), 4096).unwrap(), plan(&parts, WorldSize(world), 4096).unwrap());
+                assert_eq!(files(&whole, &one), files(&parts, &other), "{what}, {world} ranks");
+                assert_eq!(model_index(&one, &whole), model_index(&other, &parts), "{what}, {world} ranks");
+                let elsewhere = |plans: &[ImagePlan]| {
+                    plans.iter().flat_map(|plan| plan.copies.iter().filter(|copy| copy.image != plan.rank)).count()
+                };
+                assert_eq!(elsewhere(&one), 0, "whole tensors are copied into the rank's own image");
+                assert_eq!(elsewhere(&other) > 0, world > 1, "{what}, {world} ranks");
+            }
+        }
+    }
+
+    #[test]
+    fn parts_that_are_not_one_whole_weight_are_refused_by_name() {
+        let part = |shape: &[u64], owner, begin, end| TensorSpec {
+            part: Some(Part { owner: Rank(owner), begin, end }),
+            ..tensor("w", Dtype::F32, shape, ShardKind::Model)
+        };
+        let of = |tensors: &[TensorSpec]| plan(tensors, WorldSize(2), 4096).map(|_| ());
+        let cover = |why: &str| Err(PlanError::Cover { name: "w".into(), why: why.into() });
+        assert_eq!(of(&[part(&[4, 4], 1, 6, 16), part(&[4, 4], 0, 0, 6)]), Ok(()));
+        assert_eq!(of(&[part(&[4, 4], 0, 0, 16)]), Ok(()), "one rank may have all of it");
+        assert_eq!(of(&[part(&[4, 4], 0, 0, 6), part(&[4, 4], 1, 7, 16)]), cover("lacks its elements from 6 on"));
+        assert_eq!(of(&[part(&[4, 4], 1, 1, 16)]), cover("lacks its elements from 0 on"));
+        assert_eq!(of(&[part(&[4, 4], 0, 0, 6)]), cover("lacks its elements from 6 on"));
+        assert_eq!(of(&[part(&[4, 4], 0, 0, 7), part(&[4, 4], 1, 6, 16)]), cover("has its elements 6:7 twice"));
+        assert_eq!(of(&[part(&[4, 4], 0, 0, 16), part(&[4, 4], 1, 0, 16)]), cover("has its elements 0:16 twice"));
+        let mixed = Err(PlanError::Mixed("w".into()));
+        assert_eq!(of(&[part(&[4, 4], 0, 0, 6), part(&[2, 8], 1, 6, 16)]), mixed);
+        let other = TensorSpec { dtype: Dtype::BF16, ..part(&[4, 4], 1, 6, 16) };
+        assert_eq!(of(&[part(&[4, 4], 0, 0, 6), other]), mixed);
+        assert_eq!(of(&[part(&[4, 4], 0, 0, 17)]), Err(PlanError::Part("w".into())));
+        let whole = tensor("w", Dtype::F32, &[4, 4], ShardKind::Model);
+        let twice = Err(PlanError::Duplicate("w".into()));
+        assert_eq!(of(&[part(&[4, 4], 0, 0, 16), whole.clone()]), twice);
+        assert_eq!(of(&[whole, part(&[4, 4], 0, 0, 16)]), twice);
+    }
+
+    #[test]
+    fn a_weight_in_parts_stays_on_one_node() {
+        let tensors = in_parts(&sample(), 3);
+        let plans = plan(&tensors, WorldSize(3), 4096).unwrap();
+        assert_eq!(within(&plans, &tensors, NodeRanks::alone(3)), Ok(()));
+        for (first, workers) in [(0, 1), (1, 2), (0, 2)] {
+            let error = within(&plans, &tensors, NodeRanks { first: Rank(first), workers, world: WorldSize(3) });
+            let error = error.unwrap_err();
+            assert!(matches!(error, PlanError::Elsewhere { .. }), "{error:?}");
+            assert_eq!(error.kind(), Kind::Config);
+            assert!(error.hint().is_some_and(|hint| hint.contains("parallel.strategy")));
+        }
+        let whole = sample();
+        let plans = plan(&whole, WorldSize(3), 4096).unwrap();
+        assert_eq!(within(&plans, &whole, NodeRanks { first: Rank(1), workers: 1, world: WorldSize(3) }), Ok(()));
     }
 
     #[test]
@@ -596,6 +873,32 @@ mod tests {
             let largest = tensors.iter().map(TensorSpec::bytes).max().unwrap();
             let most = loads.iter().copied().max().unwrap();
             prop_assert!((most - largest.min(most)) * u64::from(world) <= total);
+
+            // Every rank copies what is in its own image, in that order.
+            for image in &plans {
+                let placed: Vec<_> = image.shards.iter().flat_map(|shard| &shard.tensors).collect();
+                prop_assert_eq!(image.copies.len(), placed.len());
+                for (copy, place) in image.copies.iter().zip(placed) {
+                    let CopyPlan { tensor, image: of, offset, len } = copy.clone();
+                    prop_assert_eq!((tensor, of, offset, len), (place.tensor, image.rank, place.offset, place.len));
+                }
+            }
+
+            // With the weights in parts, the files are the same, and the copies write each byte of data once.
+            let parts = in_parts(&tensors, world);
+            let split = plan(&parts, WorldSize(world), 4096).unwrap();
+            prop_assert_eq!(files(&tensors, &plans), files(&parts, &split));
+            for (image, whole) in split.iter().zip(&plans) {
+                let copies = split.iter().flat_map(|plan| &plan.copies).filter(|copy| copy.image == image.rank);
+                let mut copied: Vec<_> = copies.map(|copy| copy.offset..copy.offset + copy.len).collect();
+                copied.retain(|range| !range.is_empty());
+                copied.sort_by_key(|range| range.start);
+                prop_assert!(copied.windows(2).all(|pair| pair[0].end <= pair[1].start));
+                let data = |image: &ImagePlan| -> u64 {
+                    image.shards.iter().flat_map(|shard| &shard.tensors).map(|place| place.len).sum()
+                };
+                prop_assert_eq!(copied.iter().map(|range| range.end - range.start).sum::<u64>(), data(whole));
+            }
 
             // The order of the list does not matter: only names and sizes do.
             let mut order: Vec<usize> = (0..tensors.len()).collect();

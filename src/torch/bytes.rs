@@ -36,43 +36,38 @@ pub fn store_bytes(tensor: &Tensor, bytes: &mut [u8]) -> Result<()> {
     check(doing, unsafe { ffi::trn_tensor_store(ffi::raw(tensor), bytes.as_mut_ptr().cast(), len) })
 }
 
-/// Host memory whose pages a GPU may copy to and from by itself, while this value exists. Without CUDA the memory is
-/// left as it is.
-#[derive(Debug)]
-pub struct Pinned<M: AsMut<[u8]>> {
-    // Boxed, so that memory within `M` itself stays where it was pinned.
-    memory: Box<M>,
-    start: Option<*mut u8>,
+/// Host memory at an address that stays.
+///
+/// # Safety
+/// The range that [`Mapped::memory`] gives is the same at each call, and stays mapped while the value exists, also when
+/// the value is moved.
+pub unsafe trait Mapped {
+    /// First byte and length.
+    fn memory(&self) -> (*mut u8, usize);
 }
 
-// SAFETY: the pointer is only an address to be given back to the driver, which may be done on any thread.
-unsafe impl<M: AsMut<[u8]> + Send> Send for Pinned<M> {}
+/// Host memory whose pages a GPU may copy to and from by itself, while this value exists. Without CUDA the memory is
+/// left as it is. Two of these in one process must not share a page.
+#[derive(Debug)]
+pub struct Pinned<M: Mapped>(M);
 
-impl<M: AsMut<[u8]>> Pinned<M> {
+impl<M: Mapped> Pinned<M> {
     /// Pins `memory`.
     pub fn new(memory: M) -> Result<Self> {
-        let mut memory = Box::new(memory);
-        let bytes = (*memory).as_mut();
-        if bytes.is_empty() {
-            return Ok(Self { memory, start: None });
+        let (start, len) = memory.memory();
+        if len > 0 {
+            // SAFETY: the range is mapped; pinning does not change its content.
+            check("pin host memory", unsafe { ffi::trn_pin(start.cast(), len as u64) })?;
         }
-        let (start, len) = (bytes.as_mut_ptr(), bytes.len() as u64);
-        // SAFETY: the range is alive; pinning does not change its content.
-        check("pin host memory", unsafe { ffi::trn_pin(start.cast(), len) })?;
-        Ok(Self { memory, start: Some(start) })
+        Ok(Self(memory))
     }
 }
 
-impl<M: AsMut<[u8]>> AsMut<[u8]> for Pinned<M> {
-    fn as_mut(&mut self) -> &mut [u8] {
-        (*self.memory).as_mut()
-    }
-}
-
-impl<M: AsMut<[u8]>> Drop for Pinned<M> {
+impl<M: Mapped> Drop for Pinned<M> {
     fn drop(&mut self) {
-        if let Some(start) = self.start {
-            // SAFETY: pinned in `new` and unpinned once, before the memory is freed.
+        let (start, len) = self.0.memory();
+        if len > 0 {
+            // SAFETY: pinned in `new` and unpinned once, before the memory is unmapped.
             unsafe { ffi::trn_unpin(start.cast()) };
         }
     }
@@ -124,11 +119,28 @@ mod tests {
         assert!(byte_len(&tensor.to_sparse_sparse_dim(1)).is_err(), "sparse");
     }
 
+    struct Page(Box<[u8]>, *mut u8);
+
+    impl Page {
+        fn of(len: usize) -> Self {
+            let mut memory = vec![7_u8; len].into_boxed_slice();
+            let start = memory.as_mut_ptr();
+            Self(memory, start)
+        }
+    }
+
+    // SAFETY: a box's memory stays where it is.
+    unsafe impl Mapped for Page {
+        fn memory(&self) -> (*mut u8, usize) {
+            (self.1, self.0.len())
+        }
+    }
+
     #[test]
-    fn pinned_memory_is_the_given_memory() {
-        let mut pinned = Pinned::new(vec![7_u8; 4096]).unwrap();
-        pinned.as_mut()[1] = 9;
-        assert_eq!(pinned.as_mut()[..3], [7, 9, 7]);
-        assert!(Pinned::new(Vec::new()).unwrap().as_mut().is_empty());
+    fn memory_can_be_pinned_and_pinned_again() {
+        for len in [0, 4096, 4096] {
+            let pinned = Pinned::new(Page::of(len)).unwrap();
+            assert_eq!(pinned.0.0.iter().filter(|byte| **byte == 7).count(), len, "its content stays");
+        }
     }
 }

@@ -1,11 +1,12 @@
 //! Copies of tensors to host memory, made while LibTorch continues to compute.
 //!
-//! [`HostCopier`] owns a few threads. [`start`](HostCopier::start) hands them a list of tensors and one destination;
-//! they copy until the last byte is there, run the callback, and wake the waiting thread. On the CPU the tensors are
-//! cut into chunks that the threads take one by one; they run only while a core would be idle (Linux's `SCHED_IDLE`),
-//! so that they do not slow computing threads, and a thread that [waits](CopyTicket::wait) copies the rest itself, so
-//! that it never waits for a thread that gets no core. On a GPU `start` marks the point in the compute stream, and one
-//! thread issues the copies after that point on a separate stream: into [`Pinned`] memory they run beside the kernels.
+//! [`HostCopier`] owns a few threads. [`start`](HostCopier::start) hands them a list of tensors and one destination,
+//! which consists of any number of pieces of memory; they copy until the last byte is there, run the callback, and wake
+//! the waiting thread. On the CPU the tensors are cut into chunks that the threads take one by one; they run only while
+//! a core would be idle (Linux's `SCHED_IDLE`), so that they do not slow computing threads, and a thread that
+//! [waits](CopyTicket::wait) copies the rest itself, so that it never waits for a thread that gets no core. On a GPU
+//! `start` marks the point in the compute stream, and one thread issues the copies after that point on a separate
+//! stream: into [`Pinned`] memory they run beside the kernels.
 //!
 //! Invariants: from `start` to the end of [`wait`](CopyTicket::wait) the tensors must not change (reading is allowed);
 //! otherwise the bytes come from two moments. The destination belongs to the copy for that time and comes back from
@@ -44,7 +45,9 @@ const DOING: &str = "copy to host";
 pub struct CopyJob {
     /// The tensor, contiguous; a shallow clone that keeps its memory alive.
     pub tensor: Tensor,
-    /// Its first byte within the destination.
+    /// The piece of the destination that it goes into.
+    pub piece: usize,
+    /// Its first byte within that piece.
     pub offset: u64,
     /// Its bytes; checked against the tensor.
     pub len: u64,
@@ -53,8 +56,8 @@ pub struct CopyJob {
 /// A finished copy.
 #[derive(Debug)]
 pub struct Copied<D> {
-    /// The destination.
-    pub destination: D,
+    /// The destination, piece by piece.
+    pub destination: Vec<D>,
     /// From `start` to the last byte.
     pub took: Duration,
 }
@@ -88,11 +91,11 @@ impl HostCopier {
     /// Starts copying `jobs` into `destination` and returns at once.
     ///
     /// The jobs are checked first: contiguous tensors, all on the CPU or all on one GPU, lengths as stated, ranges that
-    /// are within the destination and do not overlap. `on_done` runs on a copy thread when the last byte is there,
-    /// before the waiter wakes; it does not run if the copy fails. Keep it short.
+    /// are within their piece of the destination and do not overlap. `on_done` runs on a copy thread when the last byte
+    /// is there, before the waiter wakes; it does not run if the copy fails. Keep it short.
     pub fn start<D>(
         &self,
-        destination: D,
+        destination: Vec<D>,
         jobs: Vec<CopyJob>,
         on_done: impl FnOnce(Duration) + Send + 'static,
     ) -> Result<CopyTicket<D>>
@@ -100,11 +103,11 @@ impl HostCopier {
         D: AsMut<[u8]> + Send + 'static,
     {
         let mut held = Held::new(destination);
-        let (base, size) = held.memory();
+        let pieces = held.memory();
         let mut runs = Vec::with_capacity(jobs.len());
         let mut device = None;
         let mut ranges = Vec::with_capacity(jobs.len());
-        for CopyJob { tensor, offset, len } in &jobs {
+        for CopyJob { tensor, piece, offset, len } in &jobs {
             let facts = ffi::facts(DOING, tensor)?;
             if facts.bytes != *len {
                 return Err(TorchError::Length { doing: DOING, tensor: facts.bytes, given: *len });
@@ -115,17 +118,18 @@ impl HostCopier {
             if *len == 0 {
                 continue;
             }
+            let (base, size) = pieces.get(*piece).copied().unwrap_or((ptr::null_mut(), 0));
             let range = TorchError::Range { offset: *offset, len: *len, size: size as u64 };
             let Some(end) = offset.checked_add(*len).filter(|&end| end <= size as u64) else { return Err(range) };
-            ranges.push((*offset, end));
-            // SAFETY: `offset + len` was just found to lie within the destination.
+            ranges.push((*piece, *offset, end));
+            // SAFETY: `offset + len` was just found to lie within the piece.
             let target = unsafe { base.add(*offset as usize) };
             runs.push(Run { source: facts.data.cast(), target, bytes: *len });
         }
         ranges.sort_unstable();
-        if let Some(pair) = ranges.windows(2).find(|pair| pair[0].1 > pair[1].0) {
-            let (offset, end) = pair[1];
-            return Err(TorchError::Range { offset, len: end - offset, size: size as u64 });
+        if let Some(pair) = ranges.windows(2).find(|pair| pair[0].0 == pair[1].0 && pair[0].2 > pair[1].1) {
+            let (piece, offset, end) = pair[1];
+            return Err(TorchError::Range { offset, len: end - offset, size: pieces[piece].1 as u64 });
         }
 
         let mark = device.filter(|&device| device >= 0 && !runs.is_empty()).map(Mark::now).transpose()?;
@@ -227,26 +231,30 @@ fn chunks(runs: &[Run]) -> Vec<Run> {
 }
 
 /// The destination, held by address: its memory is written to while the value is moved.
-struct Held<D>(*mut D);
+struct Held<D>(*mut [D]);
 
 impl<D> Held<D> {
-    fn new(destination: D) -> Self {
-        Self(Box::into_raw(Box::new(destination)))
+    fn new(destination: Vec<D>) -> Self {
+        Self(Box::into_raw(destination.into_boxed_slice()))
     }
 
-    fn into_inner(self) -> D {
+    fn into_inner(self) -> Vec<D> {
         let this = std::mem::ManuallyDrop::new(self);
         // SAFETY: made by `Box::into_raw`, and `self` is not dropped.
-        *unsafe { Box::from_raw(this.0) }
+        unsafe { Box::from_raw(this.0) }.into_vec()
     }
 }
 
 impl<D: AsMut<[u8]>> Held<D> {
-    /// First byte and length. No other code touches the destination before the copy is done.
-    fn memory(&mut self) -> (*mut u8, usize) {
+    /// First byte and length of each piece. No other code touches the destination before the copy is done.
+    fn memory(&mut self) -> Vec<(*mut u8, usize)> {
         // SAFETY: the box is alive and this is its only reference.
-        let memory = unsafe { &mut *self.0 }.as_mut();
-        (memory.as_mut_ptr(), memory.len())
+        let pieces = unsafe { &mut *self.0 }.iter_mut();
+        let memory = |piece: &mut D| {
+            let memory = piece.as_mut();
+            (memory.as_mut_ptr(), memory.len())
+        };
+        pieces.map(memory).collect()
     }
 }
 
@@ -436,7 +444,7 @@ mod tests {
             .iter()
             .map(|tensor| {
                 let len = tensor.numel() as u64 * 4;
-                let job = CopyJob { tensor: tensor.shallow_clone(), offset, len };
+                let job = CopyJob { tensor: tensor.shallow_clone(), piece: 0, offset, len };
                 offset += len + 1;
                 job
             })
@@ -461,11 +469,11 @@ mod tests {
             let copier = HostCopier::new(threads, true).unwrap();
             let (tensors, list, size) = jobs();
             let (sender, receiver) = mpsc::channel();
-            let ticket = copier.start(vec![0xee; size], list, move |took| sender.send(took).unwrap()).unwrap();
+            let ticket = copier.start(vec![vec![0xee; size]], list, move |took| sender.send(took).unwrap()).unwrap();
             let sum: f64 = tensors.iter().map(|tensor| f64::try_from(tensor.sum(Kind::Double)).unwrap()).sum();
             let Copied { destination, took } = ticket.wait().unwrap();
             assert!(sum.is_finite());
-            assert!(destination == expected(&tensors, size), "{threads} threads");
+            assert!(destination[0] == expected(&tensors, size), "{threads} threads");
             assert_eq!(receiver.try_recv(), Ok(took), "the callback runs before the waiter wakes");
         }
     }
@@ -476,13 +484,13 @@ mod tests {
         let tickets: Vec<_> = (0..10)
             .map(|_| {
                 let (tensors, list, size) = jobs();
-                (tensors, size, copier.start(vec![0xee; size], list, |_| ()).unwrap())
+                (tensors, size, copier.start(vec![vec![0xee; size]], list, |_| ()).unwrap())
             })
             .collect();
         drop(copier);
         for (tensors, size, ticket) in tickets {
             assert!(ticket.is_done());
-            assert!(ticket.wait().unwrap().destination == expected(&tensors, size));
+            assert!(ticket.wait().unwrap().destination[0] == expected(&tensors, size));
         }
     }
 
@@ -493,7 +501,7 @@ mod tests {
         let (go, gate) = mpsc::channel::<()>();
         let (sender, receiver) = mpsc::channel();
         let ticket = copier
-            .start(vec![0; size], list, move |_| {
+            .start(vec![vec![0; size]], list, move |_| {
                 gate.recv().unwrap();
                 sender.send(()).unwrap();
             })
@@ -512,15 +520,15 @@ mod tests {
         let (go, gate) = mpsc::channel::<()>();
         let (begun, beginning) = mpsc::channel::<()>();
         let first = copier
-            .start(vec![0; size], list, move |_| {
+            .start(vec![vec![0; size]], list, move |_| {
                 begun.send(()).unwrap();
                 gate.recv().unwrap();
             })
             .unwrap();
         beginning.recv().unwrap();
         let (tensors, list, size) = jobs();
-        let second = copier.start(vec![0xee; size], list, |_| ()).unwrap();
-        assert!(second.wait().unwrap().destination == expected(&tensors, size));
+        let second = copier.start(vec![vec![0xee; size]], list, |_| ()).unwrap();
+        assert!(second.wait().unwrap().destination[0] == expected(&tensors, size));
         go.send(()).unwrap();
         drop(first);
     }
@@ -528,7 +536,7 @@ mod tests {
     #[test]
     fn an_empty_copy_is_done_at_once() {
         let copier = HostCopier::new(1, true).unwrap();
-        let ticket = copier.start(Vec::new(), Vec::new(), |_| ()).unwrap();
+        let ticket = copier.start(Vec::<Vec<u8>>::new(), Vec::new(), |_| ()).unwrap();
         assert!(ticket.is_done());
         assert!(ticket.wait().unwrap().destination.is_empty());
     }
@@ -537,27 +545,38 @@ mod tests {
     fn a_callback_that_panics_is_an_error_and_the_threads_live_on() {
         let copier = HostCopier::new(1, true).unwrap();
         let (_tensors, list, size) = jobs();
-        let ticket = copier.start(vec![0; size], list, |_| panic!("on purpose")).unwrap();
+        let ticket = copier.start(vec![vec![0; size]], list, |_| panic!("on purpose")).unwrap();
         assert!(matches!(ticket.wait(), Err(TorchError::Callback)));
         let (tensors, list, size) = jobs();
-        let copied = copier.start(vec![0xee; size], list, |_| ()).unwrap().wait().unwrap();
-        assert!(copied.destination == expected(&tensors, size));
+        let copied = copier.start(vec![vec![0xee; size]], list, |_| ()).unwrap().wait().unwrap();
+        assert!(copied.destination[0] == expected(&tensors, size));
     }
 
     #[test]
     fn the_destination_may_hold_its_bytes_within_itself() {
         let copier = HostCopier::new(1, true).unwrap();
-        let job = CopyJob { tensor: Tensor::from_slice(&[1_u8, 2, 3]), offset: 1, len: 3 };
-        let copied = copier.start([0_u8; 5], vec![job], |_| ()).unwrap().wait().unwrap();
-        assert_eq!(copied.destination, [0, 1, 2, 3, 0]);
+        let job = CopyJob { tensor: Tensor::from_slice(&[1_u8, 2, 3]), piece: 0, offset: 1, len: 3 };
+        let copied = copier.start(vec![[0_u8; 5]], vec![job], |_| ()).unwrap().wait().unwrap();
+        assert_eq!(copied.destination, [[0, 1, 2, 3, 0]]);
+    }
+
+    /// The same place in two pieces is no overlap.
+    #[test]
+    fn every_piece_of_the_destination_gets_its_own_tensors() {
+        let copier = HostCopier::new(2, true).unwrap();
+        let job = |value: u8, piece, offset| CopyJob { tensor: Tensor::from_slice(&[value; 3]), piece, offset, len: 3 };
+        let jobs = vec![job(1, 2, 1), job(2, 0, 0), job(3, 2, 4), job(4, 0, 3)];
+        let copied = copier.start(vec![vec![0_u8; 6], vec![9; 2], vec![0; 7]], jobs, |_| ()).unwrap().wait().unwrap();
+        let expected: [&[u8]; 3] = [&[2, 2, 2, 4, 4, 4], &[9, 9], &[0, 1, 1, 1, 3, 3, 3]];
+        assert_eq!(copied.destination, expected);
     }
 
     #[test]
     fn jobs_that_do_not_fit_are_refused() {
         let copier = HostCopier::new(1, true).unwrap();
         let tensor = Tensor::zeros([2, 4], (Kind::Float, Device::Cpu));
-        let job = |tensor: &Tensor, offset, len| CopyJob { tensor: tensor.shallow_clone(), offset, len };
-        let start = |jobs| copier.start(vec![0; 64], jobs, |_| panic!("ran")).unwrap_err();
+        let job = |tensor: &Tensor, offset, len| CopyJob { tensor: tensor.shallow_clone(), piece: 0, offset, len };
+        let start = |jobs| copier.start(vec![vec![0; 64], vec![0; 8]], jobs, |_| panic!("ran")).unwrap_err();
         assert!(matches!(start(vec![job(&tensor.tr(), 0, 32)]), TorchError::NotContiguous { .. }));
         assert!(matches!(start(vec![job(&tensor, 0, 31)]), TorchError::Length { tensor: 32, given: 31, .. }));
         for offset in [33, u64::MAX - 8] {
@@ -566,5 +585,9 @@ mod tests {
         let overlapping = vec![job(&tensor, 32, 32), job(&tensor, 1, 32)];
         assert!(matches!(start(overlapping), TorchError::Range { offset: 32, len: 32, size: 64 }));
         assert!(matches!(start(vec![job(&Tensor::new(), 0, 0)]), TorchError::Refused { .. }));
+        for (piece, size) in [(1, 8), (2, 0)] {
+            let elsewhere = CopyJob { piece, ..job(&tensor, 0, 32) };
+            assert!(matches!(start(vec![elsewhere]), TorchError::Range { size: of, .. } if of == size));
+        }
     }
 }

@@ -20,7 +20,7 @@ macro_rules! opaque {
         }
     )* };
 }
-opaque!(StoreHandle, GroupHandle, PendingHandle, ReducerHandle, MarkHandle);
+opaque!(StoreHandle, GroupHandle, PendingHandle, ReducingHandle, ReducerHandle, MarkHandle);
 
 #[repr(C)]
 pub(super) struct Facts {
@@ -114,8 +114,17 @@ unsafe extern "C" {
     pub(super) fn trn_group_all_gather(
         group: *const GroupHandle,
         flat: *const AtTensor,
+        own: *const AtTensor,
         out: *mut *mut PendingHandle,
     ) -> i32;
+    pub(super) fn trn_group_reduce_scatter(
+        group: *const GroupHandle,
+        flat: *const AtTensor,
+        into: *const AtTensor,
+        out: *mut *mut ReducingHandle,
+    ) -> i32;
+    pub(super) fn trn_reducing_finish(reducing: *mut ReducingHandle) -> i32;
+    pub(super) fn trn_reducing_free(reducing: *mut ReducingHandle) -> i32;
     pub(super) fn trn_pending_wait(pending: *const PendingHandle) -> i32;
     pub(super) fn trn_pending_free(pending: *mut PendingHandle) -> i32;
     pub(super) fn trn_group_abort(group: *const GroupHandle) -> i32;
@@ -139,7 +148,15 @@ unsafe extern "C" {
     ) -> i32;
     pub(super) fn trn_reducer_bucket(reducer: *const ReducerHandle, index: usize, out: *mut *mut AtTensor) -> i32;
     pub(super) fn trn_reducer_free(reducer: *mut ReducerHandle) -> i32;
-    pub(super) fn trn_reducer_backward(reducer: *mut ReducerHandle, loss: *const AtTensor, reduce: i32) -> i32;
+    pub(super) fn trn_reducer_begin(reducer: *mut ReducerHandle) -> i32;
+    pub(super) fn trn_reducer_end(reducer: *mut ReducerHandle) -> i32;
+    pub(super) fn trn_reducer_most_held(reducer: *const ReducerHandle, out: *mut u64) -> i32;
+    pub(super) fn trn_backward_from(
+        outputs: *const *const AtTensor,
+        gradients: *const *const AtTensor,
+        count: usize,
+    ) -> i32;
+    pub(super) fn trn_place_gradient(leaf: *const AtTensor, memory: *const AtTensor) -> i32;
 
     pub(super) fn trn_device_count(out: *mut i32) -> i32;
     pub(super) fn trn_use_device(index: i32) -> i32;

@@ -5,16 +5,17 @@ use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 
 use super::{
-    lesson::{Lesson, Loss},
+    lesson::Lesson,
     schedule,
     state::State,
-    strategy::{self, Layout, Peers, Strategy},
+    strategy::{self, Graph, Layout, Peers, Strategy, stages},
 };
 use crate::{
-    config::{self, DataConfig, ParallelConfig, TrainConfig, share},
+    config::{self, Activations, DataConfig, ParallelConfig, Spread, TrainConfig, share},
     data::sampler::batch as positions,
     error::{Error, Kind, Result},
     ids::{Rank, Step, WorldSize},
+    model::{Batch, Model},
     protocol::HeldOutSum,
     torch,
 };
@@ -59,8 +60,10 @@ impl Built {
     /// Ready for the first step. The state must be loaded by then.
     pub fn start(self, data: &DataConfig, peers: Peers) -> Result<Training> {
         let Self { lesson, layout, train, place, .. } = self;
+        let strategy = layout.connect(peers)?;
         Ok(Training {
-            strategy: layout.connect(peers)?,
+            graph: graph(train.activations, strategy.is_staged()),
+            strategy,
             validation_every: data.validation_every,
             validation_sequences: data.validation_sequences,
             train,
@@ -78,6 +81,7 @@ pub struct Training {
     place: Place,
     lesson: Box<dyn Lesson>,
     strategy: Box<dyn Strategy>,
+    graph: Graph,
 }
 
 /// The result of a step's passes. The numbers are on the device: the caller chooses when to read them.
@@ -122,18 +126,27 @@ impl Training {
 
             // The weights are read from here on.
             self.strategy.settle()?;
-            let Loss { mean, targets } = self.lesson.loss()?;
-            let divisor = config::divisor(step_targets, targets, world);
-            let loss = torch::tch_result("scale loss", mean.f_div_scalar(divisor))?;
-            self.strategy.backward(&loss, last)?;
-            let loss = loss.detach();
+            let divisor = |targets| config::divisor(step_targets, targets, world);
+            let loss = stages::pass(self.strategy.as_mut(), &self.lesson.newest()?, self.graph, &divisor, last)?;
             total = Some(match total {
                 None => loss,
                 Some(sum) => torch::tch_result("sum losses", sum.f_add(&loss))?,
             });
         }
+        self.join_passes_of_others()?;
+        self.strategy.reduce()?;
         let loss = total.ok_or_else(|| Error::new(Kind::Bug, "a step without a micro-batch"))?;
         Ok(Pass { loss, data })
+    }
+
+    /// Where all ranks do each pass together, this one takes part in those for which it has no samples left.
+    fn join_passes_of_others(&mut self) -> Result<()> {
+        let (true, Some(model)) = (self.strategy.is_staged(), self.lesson.model()) else { return Ok(()) };
+        let spread = Spread::new(self.train.global_batch, self.place.world, self.train.max_micro_batch)?;
+        for _ in self.lesson.passes().iter().count()..spread.most_passes() {
+            stages::idle_pass(self.strategy.as_mut(), model)?;
+        }
+        Ok(())
     }
 
     /// The targets of `step` on all ranks: the same number on each of them, without asking the others. A step without
@@ -171,21 +184,40 @@ impl Training {
     }
 
     /// The held-out loss over this rank's share; `None`: abandoned, since `is_over` said before a pass that nobody
-    /// waits for it.
+    /// waits for it. Where all ranks do each pass together, they abandon it together.
     pub fn evaluate(&mut self, is_over: impl Fn() -> bool) -> Result<Option<HeldOut>> {
+        let Place { rank, world, .. } = self.place;
         let count = self.lesson.held_out().min(u64::from(self.validation_sequences));
-        let mut samples = share(count, self.place.rank, self.place.world);
-        self.strategy.settle()?;
+        let mut samples = share(count, rank, world);
+        let strategy = self.strategy.as_mut();
+        strategy.settle()?;
         let mut sums = self.lesson.sums();
-        while !samples.is_empty() {
-            if is_over() {
+        let largest =
+            if strategy.is_staged() { count.div_ceil(world.get().into()) } else { samples.end - samples.start };
+        for _ in 0..largest.div_ceil(u64::from(self.train.max_micro_batch)) {
+            if strategy.any(is_over())? {
                 return Ok(None);
             }
+            if samples.is_empty() {
+                self.lesson.model().map_or(Ok(()), |model| stages::idle_losses(strategy, model))?;
+                continue;
+            }
             let end = (samples.start + u64::from(self.train.max_micro_batch)).min(samples.end);
-            self.lesson.measure(samples.start..end, count, &mut sums)?;
+            let mut losses = |model: &dyn Model, batch: &Batch| stages::target_losses(strategy, model, batch);
+            self.lesson.measure(samples.start..end, count, &mut sums, &mut losses)?;
             samples.start = end;
         }
         Ok(Some(HeldOut(sums)))
+    }
+}
+
+/// What passes keep. A staged strategy has a block's weights for as
+/// long as it is computed, and keeps no graph of it.
+fn graph(activations: Activations, is_staged: bool) -> Graph {
+    match activations {
+        _ if is_staged => Graph::Blocks { keep: 0 },
+        Activations::Block => Graph::Blocks { keep: 0 },
+        Activations::Keep | Activations::Auto => Graph::Whole,
     }
 }
 
@@ -212,9 +244,11 @@ mod tests {
     use crate::{
         config::{self, ModelConfig, ModelKind, OptimizerConfig, Precision, ScheduleConfig, ScheduleKind},
         data::Dataset,
-        snapshot::plan::plan,
-        torch::{LIMIT, ProcessGroup, ranks, store_bytes},
-        train::{Batches, Language},
+        torch::{LIMIT, ProcessGroup, ranks},
+        train::{
+            Batches, Language,
+            state::testing::{Held, files, held, together},
+        },
     };
 
     /// What a run says, and a folder with its data.
@@ -271,6 +305,7 @@ mod tests {
                 max_micro_batch,
                 seed: 7,
                 precision,
+                activations: config::Activations::Keep,
                 threads: 1,
                 optimizer: OptimizerConfig {
                     lr: 1e-2,
@@ -327,22 +362,6 @@ mod tests {
         seen
     }
 
-    /// The files that this rank would save.
-    fn files(state: &State, place: Place) -> Vec<Bytes> {
-        let plans = plan(state.specs(), place.world, 4096).unwrap();
-        let shards = plans.into_iter().nth(place.rank.get() as usize).unwrap().shards;
-        let file = |shard: crate::snapshot::plan::ShardPlan| {
-            let mut file = shard.header;
-            for place in shard.tensors {
-                let start = file.len();
-                file.resize(start + place.len as usize, 0);
-                store_bytes(&state.tensors()[place.tensor], &mut file[start..]).unwrap();
-            }
-            Bytes::from(file)
-        };
-        shards.into_iter().map(file).collect()
-    }
-
     /// Every rank from its start to its end; `None` as a group: there is one.
     fn everywhere<T: Send>(world: u32, body: impl Fn(Option<ProcessGroup>) -> T + Sync) -> Vec<T> {
         if world == 1 { vec![body(None)] } else { ranks(world, LIMIT, |group| body(Some(group))) }
@@ -350,13 +369,16 @@ mod tests {
 
     #[test]
     fn a_run_that_is_resumed_gives_the_bits_of_one_that_nobody_disturbed() {
-        use config::Strategy::{Ddp, Zero1};
+        use config::Strategy::{Ddp, Shard, Zero1};
         for (strategy, world, precision) in [
             (Ddp, 1, Precision::Fp32),
             (Ddp, 2, Precision::Bf16),
             (Zero1, 2, Precision::Fp32),
             (Zero1, 2, Precision::Bf16),
+            (Shard, 2, Precision::Fp32),
+            (Shard, 2, Precision::Bf16),
             // 8 sequences on 3: 2, 3, 3.
+            (Shard, 3, Precision::Bf16),
             (Ddp, 3, Precision::Bf16),
             (Zero1, 3, Precision::Fp32),
         ] {
@@ -369,16 +391,17 @@ mod tests {
         let case = format!("{:?} {world} {:?}", run.parallel.strategy, run.train.precision);
         let whole = everywhere(world, |group| {
             let (mut training, state) = rank(run, group, None);
-            (train(&mut training, 1..=6), files(&state, training.place))
+            (train(&mut training, 1..=6), held(&state))
         });
         let half = everywhere(world, |group| {
             let (mut training, state) = rank(run, group, None);
-            (train(&mut training, 1..=3), files(&state, training.place))
+            (train(&mut training, 1..=3), held(&state))
         });
-        let saved: Vec<Bytes> = half.iter().flat_map(|(_, files)| files.clone()).collect();
+        let (_, saved): (Vec<_>, Vec<Held>) = half.iter().cloned().unzip();
+        let saved = files(&saved);
         let rest = everywhere(world, |group| {
             let (mut training, state) = rank(run, group, Some(&saved));
-            (train(&mut training, 4..=6), files(&state, training.place))
+            (train(&mut training, 4..=6), held(&state))
         });
         for ((whole, half), rest) in whole.iter().zip(&half).zip(&rest) {
             assert_eq!(whole.0, [half.0.as_slice(), &rest.0].concat(), "{case}");
@@ -415,8 +438,10 @@ mod tests {
                 let begin = all.start + number * size;
                 training.lesson.read(begin..begin + size).unwrap();
                 training.strategy.settle().unwrap();
-                let loss = training.lesson.loss().unwrap().mean.f_div_scalar(count as f64).unwrap();
-                training.strategy.backward(&loss, number + 1 == count).unwrap();
+                let loss = training.lesson.newest().unwrap().loss().unwrap().mean.f_div_scalar(count as f64).unwrap();
+                training.strategy.begin(number + 1 == count).unwrap();
+                loss.f_backward().unwrap();
+                training.strategy.end(number + 1 == count).unwrap();
                 let loss = loss.detach();
                 total = Some(total.map_or_else(|| loss.shallow_clone(), |sum| sum.f_add(&loss).unwrap()));
             }
@@ -444,7 +469,7 @@ mod tests {
                         None => train(&mut training, 1..=4),
                         Some(count) => train_in_equal_passes(&mut training, 1..=4, count),
                     };
-                    (seen, files(&state, training.place))
+                    (seen, held(&state))
                 })
             });
             assert!(ours == theirs, "{strategy:?} {world} {precision:?}: other bits");
@@ -460,7 +485,7 @@ mod tests {
             (0..4).map(|step| loss(step) / f64::from(world)).collect()
         };
         let alone = losses(config::Strategy::Ddp, 1);
-        for strategy in [config::Strategy::Ddp, config::Strategy::Zero1] {
+        for strategy in [config::Strategy::Ddp, config::Strategy::Zero1, config::Strategy::Shard] {
             for world in [3, 5, 7, 8] {
                 let ours = losses(strategy, world);
                 for (a, b) in ours.iter().zip(&alone) {
@@ -489,9 +514,9 @@ mod tests {
         let [one, two, four] = [1, 2, 4].map(|world| {
             let shares = everywhere(world, |group| {
                 let (mut training, state) = rank(&run, group, None);
-                let before = files(&state, training.place);
+                let before = held(&state);
                 let share = training.evaluate(|| false).unwrap().unwrap();
-                assert!(before == files(&state, training.place));
+                assert!(before == held(&state));
                 share
             });
             let targets = HELD_OUT * SEQUENCE as u64;

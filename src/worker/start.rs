@@ -24,10 +24,10 @@ use crate::{
     data::{Dataset, identity},
     error::{Context, Error, Kind, Result},
     faults::{self, At},
-    ids::{DatasetId, Fingerprint, Generation, Rank, Step},
+    ids::{DatasetId, Fingerprint, Generation, Rank, SlotCount, Step},
     protocol::{Assignment, BASE_FD, FromWorker, SLOT_FDS, SaveOrder, ToWorker},
     random::mix,
-    snapshot::{capture::Capture, image::SharedImage, plan::ImagePlan},
+    snapshot::{capture::Capture, image::SharedImage, plan::SlotCopy},
     task,
     torch::{self, Backend, HostCopier, ProcessGroup},
     train::{Batches, Built, Language, Lesson, Own, Place, state::State, strategy::Peers},
@@ -68,7 +68,7 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
 
     let group = if world.get() > 1 { Some(meet(orders, served, generation, place, limit)?) } else { None };
     let capture = match orders.next() {
-        ToWorker::Layout { plan, base } => capture(&plan, base, &built.state, place)?,
+        ToWorker::Layout { slots, copies } => capture(slots, &copies, &built.state, place)?,
         other => return Err(out_of_turn(&other)),
     };
     if task.model.lora.is_some() {
@@ -174,13 +174,13 @@ fn opened(own: &OwnTask, data: &DatasetId) -> Result<task::Opened> {
     Ok(opened)
 }
 
-fn capture(plan: &ImagePlan, base: u64, state: &State, place: Place) -> Result<Capture> {
-    let slots = [inherited(SLOT_FDS[0])?, inherited(SLOT_FDS[1])?];
+fn capture(slots: SlotCount, copies: &[SlotCopy], state: &State, place: Place) -> Result<Capture> {
+    let slots = SLOT_FDS.iter().zip(slots.numbers()).map(|(fd, _)| inherited(*fd)).collect::<Result<Vec<_>>>()?;
     let copier = match place.device {
         tch::Device::Cpu => HostCopier::new(COPY_THREADS, true)?,
         _ => HostCopier::new(1, false)?,
     };
-    Capture::new(plan, base, &slots, state.tensors(), copier)
+    Capture::new(copies, &slots, state.tensors(), copier)
 }
 
 fn restore(state: &mut State, slot: u8, files: &[(u64, u64)], weights_only: bool) -> Result<()> {

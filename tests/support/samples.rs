@@ -13,7 +13,7 @@ use trainer::{
     },
     config::*,
     data::{self, shards},
-    ids::{AttemptId, DatasetId, Generation, NodeId, NodeKey, Rank, RunId, Step, WorldSize},
+    ids::{AttemptId, DatasetId, Generation, NodeId, NodeKey, Rank, RunId, SlotCount, Step, WorldSize},
     journal::{
         Committed, EarlyStop, Entry, FormedReason, Gone, Means, Metrics, Record, ResumePoint, RosterEntry, SaveCost,
     },
@@ -58,6 +58,7 @@ pub fn config() -> RunConfig {
                 max_micro_batch: 8,
                 seed: 1234,
                 precision: Precision::Bf16,
+                activations: trainer::config::Activations::Keep,
                 threads: 2,
                 optimizer: OptimizerConfig {
                     lr: 3e-4,
@@ -81,6 +82,7 @@ pub fn config() -> RunConfig {
             every: Cadence::Steps(100),
             keep: Keep { last: 3, every: Some(Spacing::Steps(1000)), best: 0 },
             scrub: Some(Duration::from_secs(86_400)),
+            slots: SlotCount::TWO,
             price_per_gib_month: 0.023,
         },
         notice: NoticeConfig::default(),

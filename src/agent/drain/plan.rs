@@ -22,7 +22,8 @@
 //! was lost.
 //!
 //! An upload that has begun is never stopped in favour of a newer state: it holds all but the steps since it began, and
-//! the newer one would have to start from zero.
+//! the newer one would have to start from zero. The newest state is copied beside it; where a node has one slot, it is
+//! copied when the upload has ended, since there is no other place for it.
 
 use super::{estimate::Estimate, timeline::Usual};
 use crate::{goodput::LEAST_RESERVE_S, ids::Step, journal::DrainPlan, report::human};
@@ -57,6 +58,8 @@ pub struct Situation {
     pub whole_step: Estimate,
     /// Copying a snapshot.
     pub copy: Estimate,
+    /// It is copied when the save under way has ended: they have one slot.
+    pub copy_waits: bool,
     /// Uploading and committing one whole save; `None`: not measured yet.
     pub save: Option<Estimate>,
 }
@@ -86,6 +89,9 @@ pub fn decide(now: &Situation) -> (Decision, String) {
     let needs = match (newest_under_way, rest, now.save) {
         (true, rest, _) => rest.flatten(),
         // The save under way is finished first, while the loop ends and the state is copied.
+        (false, Some(rest), Some(save)) if now.copy_waits => {
+            Some(now.step.beside(rest.unwrap_or(save)).then(now.copy).then(save))
+        }
         (false, Some(rest), Some(save)) => Some(now.step.then(now.copy).beside(rest.unwrap_or(save)).then(save)),
         (false, None, Some(save)) => Some(now.step.then(now.copy).then(save)),
         (false, _, None) => None,
@@ -153,6 +159,7 @@ mod tests {
         step: Estimate { low: 0.0, mean: 0.5, high: 1.0 },
         whole_step: Estimate { low: 0.8, mean: 1.0, high: 1.2 },
         copy: Estimate { low: 0.5, mean: 0.5, high: 0.5 },
+        copy_waits: false,
         save: Some(Estimate { low: 8.0, mean: 10.0, high: 12.0 }),
     };
     const LONG: Estimate = Estimate { low: 25.0, mean: 30.0, high: 35.0 };
@@ -190,6 +197,16 @@ mod tests {
             ("no save was measured", Situation { save: None, left_s: Some(1.0), ..CALM }, "full save", None),
             // The copy waits for nothing, the upload for the one before it.
             ("one in flight", Situation { in_flight, ..CALM }, "full save", Some(15.0)),
+            // 4 + 0.5 + 8 at best: the copy waits, too.
+            ("one slot, and one in flight", Situation { copy_waits: true, in_flight, ..CALM }, "full save", Some(15.5)),
+            (
+                "one slot, and time enough but for the wait",
+                Situation { copy_waits: true, in_flight, left_s: Some(13.7), ..CALM },
+                "finish in flight",
+                Some(5.0),
+            ),
+            ("two slots, and that time", Situation { in_flight, left_s: Some(13.7), ..CALM }, "full save", Some(15.0)),
+            ("one slot, and nothing in flight", Situation { copy_waits: true, ..CALM }, "full save", Some(11.0)),
             (
                 "time for the one in flight only",
                 Situation { in_flight, left_s: Some(10.0), ..CALM },

@@ -18,7 +18,7 @@ use crate::{
     },
     error::{Error, Kind},
     format::header::Dtype,
-    ids::{Generation, NodeId, NodeRanks, Rank, RunId, Step, WorldSize},
+    ids::{Generation, NodeId, NodeRanks, Rank, RunId, SlotCount, Step, WorldSize},
     journal::{Formed, FormedReason, Journal, JournalWriter, Means, RosterEntry, Succession},
     layout,
     rendezvous::channel::bulk::{Lends, Refusal, Wanted},
@@ -95,14 +95,14 @@ impl Stage {
             doubted: false,
             collectives: Arc::default(),
         };
-        Self { plan, slots: Slots::create().unwrap(), reporter, heard, store }
+        Self { plan, slots: Slots::create(SlotCount::TWO).unwrap(), reporter, heard, store }
     }
 
     fn begin(&mut self) -> (Lead<'_>, Answers) {
         let (senders, answers) = channels();
         let (none, events) = (NodeRanks::alone(0), &senders.workers);
         let workers =
-            Workers::start(&self.plan.workload, &self.plan.collectives, none, self.slots.shared(), events).unwrap();
+            Workers::start(&self.plan.workload, &self.plan.collectives, none, &self.slots.shared(), events).unwrap();
         let node = Node::begin(&self.plan, &mut self.slots, workers).unwrap();
         (Lead::begin(&self.plan, Instant::now(), node, (Others::none(), None), &self.reporter, senders), answers)
     }
@@ -313,7 +313,7 @@ async fn a_node_that_holds_the_checkpoint_says_so_and_lends_it_until_all_have_it
         let shelf = Arc::clone(slots.shelf());
         let (senders, _answers) = channels();
         let (none, events) = (NodeRanks::alone(0), &senders.workers);
-        let workers = Workers::start(&plan.workload, &plan.collectives, none, slots.shared(), events).unwrap();
+        let workers = Workers::start(&plan.workload, &plan.collectives, none, &slots.shared(), events).unwrap();
         let mut node = Node::begin(&plan, &mut slots, workers).unwrap();
         let (done, mut heard) = mpsc::unbounded_channel();
         let incoming = node.load(done).unwrap();

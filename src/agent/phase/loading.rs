@@ -209,6 +209,7 @@ impl Loading {
         let (world, least) = (WorldSize(outline.workers), settings.first_step);
         let setup = Setup {
             ranks: outline.workers,
+            slots: settings.config.checkpoint.slots,
             done,
             last: outline.last,
             cadence: settings.config.checkpoint.every,

@@ -5,6 +5,7 @@
 //! that stop early in [`stops`]; what needs more than two events has a test of its own.
 
 mod differ;
+mod one_slot;
 mod pairs;
 mod salvage;
 mod stops;
@@ -161,6 +162,7 @@ fn training() -> Rig {
 fn training_of(settings: Settings) -> Rig {
     let setup = Setup {
         ranks: 2,
+        slots: settings.config.checkpoint.slots,
         done: Step(0),
         last: Step(100),
         cadence: settings.config.checkpoint.every,
@@ -168,7 +170,7 @@ fn training_of(settings: Settings) -> Rig {
         held: None,
     };
     let mut scheduler = Scheduler::new(setup, Measured::NOTHING, Moment::ZERO);
-    assert_eq!(scheduler.first_orders(Moment::ZERO).len(), 2);
+    assert_eq!(scheduler.first_orders(Moment::ZERO).len(), usize::from(setup.slots.get()));
     let training = Training::begin(&settings, scheduler, BYTES, Moment::ZERO);
     let shared = Shared { settings, estimates: estimates(), looked: Moment::ZERO, noted: 0, differed: None };
     let machine = StateMachine { shared, phase: Phase::Training(training) };

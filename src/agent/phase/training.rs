@@ -30,7 +30,7 @@ use crate::{
     },
     checkpoint::CheckpointError,
     error::{Error, Kind, Result},
-    ids::{Fingerprint, Rank, Step},
+    ids::{Fingerprint, Rank, SlotCount, Step},
     journal::{DrainPlan, JournalError},
     notice::{self, Notice},
     protocol::{FromWorker, StepReport, ToWorker},
@@ -274,7 +274,7 @@ impl Training {
                     return Continue(Some(cause));
                 }
                 self.ledger.captured(step, copy_s, now);
-                self.scheduler.captured(slot, step, now)
+                self.scheduler.captured(rank, slot, step, now)
             }
             FromWorker::Stopped { step } => self.scheduler.rank_stopped(step, now),
             FromWorker::Stalled { step, stall_s } => {
@@ -543,6 +543,7 @@ impl Training {
             step: step.map_or(Estimate::exactly(0.0), |step| step.after(since)),
             whole_step: step.unwrap_or(Estimate::exactly(0.0)),
             copy: estimates.copy.estimate().unwrap_or(Estimate::exactly(0.0)),
+            copy_waits: config.checkpoint.slots == SlotCount::ONE,
             save: estimates.upload(self.bytes),
         }
     }

@@ -1,14 +1,18 @@
 //! When state is saved and when the loop ends: pure decisions over what the workers have said.
 //!
-//! The scheduler knows the two slots, the steps that the ranks have reached and the requests; it receives events and
-//! answers with [`Action`]s that the event loop carries out. Time is passed in. Every decision that all ranks must obey
-//! at the same step goes through a freeze (see [`crate::worker::gate`]): ask, take the largest started step, tell.
+//! The scheduler knows the slots, one or two, the steps that the ranks have reached and the requests; it receives
+//! events and answers with [`Action`]s that the event loop carries out. Time is passed in. Every decision that all
+//! ranks must obey at the same step goes through a freeze (see [`crate::worker::gate`]): ask, take the largest started
+//! step, tell.
 //!
 //! Rules:
 //! - One save is uploaded at a time; a newer snapshot waits in the other slot; requests beyond that are merged into the
-//!   next.
+//!   next. Where there is one slot, the next capture waits until the save in it is committed or given up.
 //! - An order that a rank may already have obeyed is repeated in every thaw until all ranks have captured; only an
-//!   order for a step that no rank has started can be taken back.
+//!   order for a step that no rank has started can be taken back. A rank whose loop has ended obeys a repeated order
+//!   again: ranks that have captured are counted by name.
+//! - A snapshot is uploaded once *every* rank has captured it, since any rank may write into any file of its node
+//!   ([`crate::snapshot::plan`]); and what not every rank had captured when the workers died is nothing.
 //! - Of two free slots, the order goes to the one that does not hold the newest checkpoint: crashed workers are
 //!   restarted from that checkpoint.
 //! - The last step is always saved. A drain saves the step that it stops at; a snapshot that waits for its upload then
@@ -19,11 +23,11 @@
 //! - With several ranks every 16th save of a generation compares their states (`super::super::states`).
 //! - A save requested now takes the running step, ahead of one ordered for later.
 
-use std::{num::NonZeroU64, time::Duration};
+use std::{collections::BTreeSet, num::NonZeroU64, time::Duration};
 
 use crate::{
     config::Cadence,
-    ids::Step,
+    ids::{Rank, SlotCount, Step},
     protocol::SaveOrder,
     snapshot::{
         cadence::{self, Measured},
@@ -68,13 +72,13 @@ pub enum Action {
     Chosen(Choice),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum SlotState {
     Free,
-    /// Ranks have been told to capture this step; this many have not yet done so.
+    /// Ranks have been told to capture this step; these have done so.
     Ordered {
         step: Step,
-        missing: u32,
+        captured: BTreeSet<Rank>,
         mode: CaptureMode,
         compare: bool,
     },
@@ -88,10 +92,10 @@ enum SlotState {
 }
 
 impl SlotState {
-    const fn step(self) -> Option<Step> {
+    const fn step(&self) -> Option<Step> {
         match self {
             Self::Free => None,
-            Self::Ordered { step, .. } | Self::Full { step } | Self::Uploading { step } => Some(step),
+            Self::Ordered { step, .. } | Self::Full { step } | Self::Uploading { step } => Some(*step),
         }
     }
 }
@@ -114,6 +118,8 @@ enum Asked {
 pub struct Setup {
     /// Ranks of all nodes.
     pub ranks: u32,
+    /// Slots of each node.
+    pub slots: SlotCount,
     /// The step that was loaded.
     pub done: Step,
     /// The run's last step.
@@ -131,7 +137,7 @@ pub struct Setup {
 #[derive(Debug)]
 pub struct Scheduler {
     setup: Setup,
-    slots: [SlotState; 2],
+    slots: Vec<SlotState>,
     asked: Asked,
     next_ticket: u64,
     /// The newest step that every rank has finished.
@@ -173,7 +179,7 @@ impl Scheduler {
     pub fn new(setup: Setup, measured: Measured, now: Moment) -> Self {
         Self {
             setup,
-            slots: [SlotState::Free; 2],
+            slots: setup.slots.numbers().map(|_| SlotState::Free).collect(),
             asked: Asked::No,
             next_ticket: 0,
             finished: setup.done,
@@ -229,7 +235,7 @@ impl Scheduler {
     pub fn step_finished(&mut self, step: Step, step_s: f64, now: Moment) -> Vec<Action> {
         self.finished = self.finished.max(step);
         // A capture of this very step begins after it.
-        let under_way = |slots: &[SlotState; 2], before: Step| {
+        let under_way = |slots: &[SlotState], before: Step| {
             slots.iter().any(|slot| match slot {
                 SlotState::Free => false,
                 SlotState::Ordered { step, .. } => *step < before,
@@ -239,11 +245,11 @@ impl Scheduler {
         let saving = self.saving || under_way(&self.slots, step);
         let choice = self.chooser.step(step_s, saving);
         self.saving = under_way(&self.slots, step.next());
-        for slot in self.slots {
+        for slot in &self.slots {
             if let SlotState::Ordered { step: ordered, mode, .. } = slot
-                && ordered == step
+                && *ordered == step
             {
-                self.chooser.begun(mode);
+                self.chooser.begun(*mode);
             }
         }
         let mut actions: Vec<Action> = choice.map(Action::Chosen).into_iter().collect();
@@ -283,19 +289,17 @@ impl Scheduler {
         }
     }
 
-    /// One rank has captured `step` into `slot`.
-    pub fn captured(&mut self, slot: u8, step: Step, now: Moment) -> Vec<Action> {
+    /// This rank has captured `step` into `slot`.
+    pub fn captured(&mut self, rank: Rank, slot: u8, step: Step, now: Moment) -> Vec<Action> {
         if let Some(state) = self.slots.get_mut(usize::from(slot))
-            && let SlotState::Ordered { step: ordered, missing, mode, compare } = *state
-            && ordered == step
+            && let SlotState::Ordered { step: ordered, captured, .. } = state
+            && *ordered == step
+            && captured.insert(rank)
+            && captured.len() == self.setup.ranks as usize
         {
-            let missing = missing.saturating_sub(1);
-            *state = match missing {
-                // The end's state is newer, and needs the room.
-                0 if self.end_decided && step < self.end && !self.unsaved && !self.unhurried => SlotState::Free,
-                0 => SlotState::Full { step },
-                missing => SlotState::Ordered { step, missing, mode, compare },
-            };
+            // The end's state is newer, and needs the room.
+            let void = self.end_decided && step < self.end && !self.unsaved && !self.unhurried;
+            *state = if void { SlotState::Free } else { SlotState::Full { step } };
         }
         self.consider(now)
     }
@@ -313,14 +317,12 @@ impl Scheduler {
     /// The upload of `slot` has ended; `committed`: its record stands. Otherwise the snapshot is still there, and is
     /// tried again.
     pub fn uploaded(&mut self, slot: u8, committed: bool, now: Moment) -> Vec<Action> {
-        if let Some(state) = self.slots.get_mut(usize::from(slot))
-            && let SlotState::Uploading { step } = *state
-        {
-            *state = if committed {
+        if let Some(&SlotState::Uploading { step }) = self.slots.get(usize::from(slot)) {
+            self.slots[usize::from(slot)] = if committed {
                 self.committed = self.committed.max(step);
                 self.newest = Some(slot);
                 SlotState::Free
-            } else if self.given_up || (self.end_decided && step < self.end && !self.unsaved) {
+            } else if self.given_up || self.makes_way(step) {
                 SlotState::Free
             } else {
                 // It is still whole: unless a newer one waits or is to come, it is uploaded again.
@@ -328,6 +330,12 @@ impl Scheduler {
             };
         }
         self.consider(now)
+    }
+
+    /// Whether a snapshot whose upload has failed is worth less than its slot: the end's state is to have it.
+    fn makes_way(&self, step: Step) -> bool {
+        let is_alone = self.setup.slots == SlotCount::ONE;
+        (self.end_decided || (is_alone && self.has_ended())) && step < self.end && !self.unsaved
     }
 
     /// One rank's loop has ended.
@@ -387,21 +395,24 @@ impl Scheduler {
         self.stopped == self.setup.ranks
     }
 
-    /// The upload of `slot` has failed too often: the last state is given up, and whatever else fails.
+    /// The upload of `slot` has failed too often: the last state is given up, and whatever else fails. A last state
+    /// that has waited for a slot until now is tried first.
     pub fn give_up_the_end(&mut self, slot: u8, now: Moment) -> Vec<Action> {
-        (self.unsaved, self.given_up) = (true, true);
+        if self.unsaved || self.has_snapshot_of(self.end) {
+            (self.unsaved, self.given_up) = (true, true);
+        }
         self.uploaded(slot, false, now)
     }
 
     /// The workers are gone and nothing is being uploaded: only snapshots that every rank has captured are left.
     pub fn salvage(&mut self) -> Vec<Action> {
         for slot in &mut self.slots {
-            *slot = match *slot {
-                SlotState::Ordered { .. } => SlotState::Free,
+            match *slot {
+                SlotState::Ordered { .. } => *slot = SlotState::Free,
                 // Called while nothing is being uploaded: this one has failed and was waiting to be tried again.
-                SlotState::Uploading { step } => SlotState::Full { step },
-                slot => slot,
-            };
+                SlotState::Uploading { step } => *slot = SlotState::Full { step },
+                SlotState::Free | SlotState::Full { .. } => {}
+            }
         }
         // With the workers there is nobody left to ask.
         (self.unsaved, self.given_up, self.unhurried) = (true, true, false);
@@ -421,12 +432,11 @@ impl Scheduler {
     }
 
     fn orders(&self) -> Vec<SaveOrder> {
-        (0..2_u8)
-            .filter_map(|slot| match self.slots[usize::from(slot)] {
-                SlotState::Ordered { step, mode, compare, .. } => Some(SaveOrder { step, slot, mode, compare }),
-                _ => None,
-            })
-            .collect()
+        let order = |(slot, state): (u8, &SlotState)| match *state {
+            SlotState::Ordered { step, mode, compare, .. } => Some(SaveOrder { step, slot, mode, compare }),
+            _ => None,
+        };
+        (0..).zip(&self.slots).filter_map(order).collect()
     }
 
     fn has_snapshot_of(&self, step: Step) -> bool {
@@ -485,15 +495,17 @@ impl Scheduler {
         if self.wanted && !self.slots.contains(&SlotState::Free) {
             self.make_room(started);
         }
-        let first = usize::from(self.newest == Some(0));
-        for index in [first, 1 - first] {
+        // The one with the newest checkpoint last.
+        let (last, first): (Vec<usize>, Vec<usize>) =
+            (0..self.slots.len()).partition(|index| self.newest.map(usize::from) == Some(*index));
+        for index in first.into_iter().chain(last) {
             if self.slots[index] == SlotState::Free
                 && let Some(step) = self.measured(started).or_else(|| self.due(started, now))
             {
                 let mode = self.chooser.mode();
                 self.ordered += 1;
                 let compare = self.setup.ranks > 1 && self.ordered.is_multiple_of(COMPARED);
-                self.slots[index] = SlotState::Ordered { step, missing: self.setup.ranks, mode, compare };
+                self.slots[index] = SlotState::Ordered { step, captured: BTreeSet::new(), mode, compare };
                 self.last_ordered = self.last_ordered.max(step);
                 self.wanted = false;
                 self.last_order_at = now;
@@ -541,7 +553,7 @@ impl Scheduler {
         if self.slots.iter().any(|slot| matches!(slot, SlotState::Uploading { .. })) {
             return None;
         }
-        let waiting = (0..2_u8).filter_map(|slot| match self.slots[usize::from(slot)] {
+        let waiting = (0..).zip(&self.slots).filter_map(|(slot, state): (u8, _)| match *state {
             SlotState::Full { step } => Some((step, slot)),
             _ => None,
         });
@@ -579,12 +591,19 @@ mod tests {
         Duration::from_secs(seconds)
     }
 
+    fn setup(cadence: Cadence, done: u64, last: u64) -> Setup {
+        let (done, last) = (Step(done), Step(last));
+        Setup { ranks: 2, slots: SlotCount::TWO, done, last, cadence, ranked: None, held: None }
+    }
+
     fn scheduler(cadence: Cadence, done: u64, last: u64) -> Scheduler {
-        Scheduler::new(
-            Setup { ranks: 2, done: Step(done), last: Step(last), cadence, ranked: None, held: None },
-            Measured::NOTHING,
-            at(0),
-        )
+        Scheduler::new(setup(cadence, done, last), Measured::NOTHING, at(0))
+    }
+
+    /// Of nodes with one slot.
+    fn single(cadence: Cadence, last: u64) -> Scheduler {
+        let setup = Setup { slots: SlotCount::ONE, ..setup(cadence, 0, last) };
+        Scheduler::new(setup, Measured::NOTHING, at(0))
     }
 
     fn order(step: u64, slot: u8) -> SaveOrder {
@@ -599,9 +618,9 @@ mod tests {
     }
 
     fn capture(scheduler: &mut Scheduler, slot: u8, step: u64, now: Moment) -> Vec<Action> {
-        let first = scheduler.captured(slot, Step(step), now);
+        let first = scheduler.captured(Rank(1), slot, Step(step), now);
         assert!(!first.iter().any(|a| matches!(a, Action::Upload { .. })), "uploaded before both have captured");
-        scheduler.captured(slot, Step(step), now)
+        scheduler.captured(Rank(0), slot, Step(step), now)
     }
 
     #[test]
@@ -738,14 +757,14 @@ mod tests {
         let mut c = scheduler(Cadence::Steps(10), 0, 1000);
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
-        c.captured(1, Step(20), at(2));
+        c.captured(Rank(0), 1, Step(20), at(2));
         let actions = c.drain(at(3));
         assert_eq!(
             answer(&mut c, &actions, [21, 20], at(3)),
             [Action::Thaw { saves: vec![order(20, 1)], stop_after: Some(Step(21)) }],
             "the slower rank must still fill slot 1"
         );
-        let actions = c.captured(1, Step(20), at(4));
+        let actions = c.captured(Rank(1), 1, Step(20), at(4));
         assert_eq!(
             answer(&mut c, &actions, [21, 21], at(4)),
             [Action::Thaw { saves: vec![order(21, 1)], stop_after: Some(Step(21)) }]
@@ -790,6 +809,139 @@ mod tests {
     }
 
     #[test]
+    fn with_one_slot_a_capture_waits_for_the_save_before_it() {
+        let mut c = single(Cadence::Steps(10), 35);
+        assert_eq!(c.first_orders(at(0)), [order(10, 0)]);
+        assert_eq!(capture(&mut c, 0, 10, at(1)), [Action::Upload { step: Step(10), slot: 0 }]);
+        // The steps in between go by; nobody is asked anything.
+        assert!(c.step_finished(Step(20), 1.0, at(2)).is_empty() && c.tick(at(3)).is_empty());
+        let actions = c.uploaded(0, true, at(4));
+        assert_eq!(
+            answer(&mut c, &actions, [24, 23], at(4)),
+            [Action::Thaw { saves: vec![order(30, 0)], stop_after: None }]
+        );
+        assert_eq!(capture(&mut c, 0, 30, at(5)), [Action::Upload { step: Step(30), slot: 0 }]);
+        // The loop ends during the upload; the last state stands until there is room.
+        c.rank_stopped(Step(35), at(6));
+        assert!(c.rank_stopped(Step(35), at(6)).is_empty());
+        let actions = c.uploaded(0, true, at(7));
+        assert_eq!(
+            answer(&mut c, &actions, [35, 35], at(7)),
+            [Action::Thaw { saves: vec![order(35, 0)], stop_after: None }]
+        );
+        assert_eq!(capture(&mut c, 0, 35, at(8)), [Action::Upload { step: Step(35), slot: 0 }]);
+        assert_eq!(c.uploaded(0, true, at(9)), [Action::Finished { step: Step(35) }]);
+    }
+
+    #[test]
+    fn with_one_slot_a_drain_finishes_the_upload_and_saves_the_end() {
+        for committed in [true, false] {
+            let mut c = single(Cadence::Steps(10), 1000);
+            c.first_orders(at(0));
+            capture(&mut c, 0, 10, at(1));
+            let actions = c.drain(at(2));
+            assert_eq!(
+                answer(&mut c, &actions, [14, 15], at(2)),
+                [Action::Thaw { saves: vec![], stop_after: Some(Step(15)) }]
+            );
+            c.rank_stopped(Step(15), at(3));
+            assert!(c.rank_stopped(Step(15), at(3)).is_empty(), "the upload is all that there is yet");
+            // Whether or not it goes well, the newer state has the room from then on.
+            let actions = c.uploaded(0, committed, at(4));
+            let orders = Action::Thaw { saves: vec![order(15, 0)], stop_after: Some(Step(15)) };
+            assert_eq!(answer(&mut c, &actions, [15, 15], at(4)), [orders]);
+            assert_eq!(capture(&mut c, 0, 15, at(5)), [Action::Upload { step: Step(15), slot: 0 }]);
+            assert_eq!(c.uploaded(0, true, at(6)), [Action::Finished { step: Step(15) }]);
+        }
+        // Without time for the end, the one under way is still finished.
+        let mut c = single(Cadence::Steps(10), 1000);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        let actions = c.drain_unsaved(at(2));
+        answer(&mut c, &actions, [15, 15], at(2));
+        c.rank_stopped(Step(15), at(3));
+        c.rank_stopped(Step(15), at(3));
+        assert_eq!(c.uploaded(0, true, at(4)), [Action::Finished { step: Step(15) }]);
+    }
+
+    #[test]
+    fn with_one_slot_a_drain_takes_the_slot_of_an_older_capture() {
+        let mut c = single(Cadence::Steps(10), 1000);
+        c.first_orders(at(0));
+        c.captured(Rank(0), 0, Step(10), at(1));
+        let actions = c.drain(at(2));
+        assert_eq!(
+            answer(&mut c, &actions, [11, 10], at(2)),
+            [Action::Thaw { saves: vec![order(10, 0)], stop_after: Some(Step(11)) }]
+        );
+        let actions = c.captured(Rank(1), 0, Step(10), at(3));
+        assert_eq!(
+            answer(&mut c, &actions, [11, 11], at(3)),
+            [Action::Thaw { saves: vec![order(11, 0)], stop_after: Some(Step(11)) }]
+        );
+    }
+
+    /// The store is away while the run comes to its end.
+    #[test]
+    fn with_one_slot_an_older_snapshot_that_can_not_be_uploaded_makes_way_for_the_end() {
+        let mut c = single(Cadence::Steps(10), 15);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        assert_eq!(c.uploaded(0, false, at(2)), [Action::Upload { step: Step(10), slot: 0 }], "it is the newest");
+        c.rank_stopped(Step(15), at(3));
+        c.rank_stopped(Step(15), at(3));
+        // It has failed so often by now that a last state would be given up.
+        let actions = c.give_up_the_end(0, at(4));
+        let orders = Action::Thaw { saves: vec![order(15, 0)], stop_after: None };
+        assert_eq!(answer(&mut c, &actions, [15, 15], at(4)), [orders]);
+        assert_eq!(capture(&mut c, 0, 15, at(5)), [Action::Upload { step: Step(15), slot: 0 }]);
+        assert_eq!(c.uploaded(0, false, at(6)), [Action::Upload { step: Step(15), slot: 0 }]);
+        assert_eq!(c.give_up_the_end(0, at(7)), [Action::Finished { step: Step(15) }]);
+        assert_eq!(c.committed(), Step(0));
+    }
+
+    #[test]
+    fn with_one_slot_a_save_that_is_asked_for_comes_before_the_order_in_it_and_after_the_upload_in_it() {
+        let mut c = single(Cadence::Steps(100), 1000);
+        assert_eq!(c.first_orders(at(0)), [order(100, 0)]);
+        let actions = c.save_now(at(1));
+        assert_eq!(
+            answer(&mut c, &actions, [42, 43], at(1)),
+            [Action::Thaw { saves: vec![order(43, 0)], stop_after: None }]
+        );
+        assert_eq!(capture(&mut c, 0, 43, at(2)), [Action::Upload { step: Step(43), slot: 0 }]);
+        c.step_finished(Step(49), 1.0, at(3));
+        assert!(c.save_now(at(3)).is_empty(), "nowhere to put it");
+        let actions = c.uploaded(0, true, at(4));
+        assert_eq!(
+            answer(&mut c, &actions, [50, 51], at(4)),
+            [Action::Thaw { saves: vec![order(51, 0)], stop_after: None }]
+        );
+        capture(&mut c, 0, 51, at(5));
+        c.step_finished(Step(59), 1.0, at(5));
+        let actions = c.uploaded(0, true, at(6));
+        assert_eq!(
+            answer(&mut c, &actions, [60, 60], at(6)),
+            [Action::Thaw { saves: vec![order(100, 0)], stop_after: None }]
+        );
+    }
+
+    #[test]
+    fn with_one_slot_a_death_leaves_what_every_rank_has_captured() {
+        let mut c = single(Cadence::Steps(10), 100);
+        c.first_orders(at(0));
+        c.captured(Rank(0), 0, Step(10), at(1));
+        assert!(c.salvage().is_empty(), "one rank has not captured");
+        let mut c = single(Cadence::Steps(10), 100);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        // Its upload has failed and waits to be tried again.
+        assert_eq!(c.salvage(), [Action::Upload { step: Step(10), slot: 0 }]);
+        assert!(c.uploaded(0, true, at(2)).is_empty());
+        assert_eq!(c.committed(), Step(10));
+    }
+
+    #[test]
     fn a_resumed_run_does_not_save_the_step_that_it_loaded() {
         let mut c = scheduler(Cadence::Steps(10), 20, 100);
         assert_eq!(c.first_orders(at(0)), [order(30, 0), order(40, 1)]);
@@ -819,8 +971,9 @@ mod tests {
         assert!(c.uploaded(1, false, at(2)).is_empty(), "tried once: nobody is left to wait for");
         let mut c = scheduler(Cadence::Steps(10), 0, 100);
         c.first_orders(at(0));
-        c.captured(0, Step(10), at(1));
+        c.captured(Rank(1), 0, Step(10), at(1));
         assert!(c.salvage().is_empty(), "only one rank had captured");
+        assert!(c.captured(Rank(0), 0, Step(10), at(2)).is_empty(), "too late: nobody knows what was written since");
     }
 
     #[test]
@@ -836,8 +989,7 @@ mod tests {
             c.uploaded(saves[0].slot, true, at(60 * round + 2));
         }
         assert_eq!(taken, [0, 1, 0, 1]);
-        let setup =
-            Setup { ranks: 1, done: Step(5), last: Step(9), cadence: Cadence::Steps(1), ranked: None, held: Some(0) };
+        let setup = Setup { ranks: 1, held: Some(0), ..setup(Cadence::Steps(1), 5, 9) };
         let orders = Scheduler::new(setup, Measured::NOTHING, at(0)).first_orders(at(0));
         assert_eq!(orders[1].step, Step(6), "slot 0 holds step 5: {orders:?}");
     }
@@ -868,6 +1020,23 @@ mod tests {
             }
         }
         panic!("nothing was chosen");
+    }
+
+    /// A rank whose loop has ended captures again when its order is repeated: it still counts once.
+    #[test]
+    fn a_rank_that_says_twice_what_it_has_captured_does_not_stand_for_another() {
+        let mut c = scheduler(Cadence::Steps(10), 0, 10);
+        assert_eq!(c.first_orders(at(0)), [order(10, 0)]);
+        c.rank_stopped(Step(10), at(1));
+        assert!(c.captured(Rank(0), 0, Step(10), at(1)).is_empty());
+        // Someone asks all to stop; the other rank is still on its way to the end.
+        let actions = c.drain(at(2));
+        assert_eq!(
+            answer(&mut c, &actions, [10, 10], at(2)),
+            [Action::Thaw { saves: vec![order(10, 0)], stop_after: Some(Step(10)) }]
+        );
+        assert!(c.captured(Rank(0), 0, Step(10), at(3)).is_empty(), "the other has not copied its part");
+        assert_eq!(c.captured(Rank(1), 0, Step(10), at(4)), [Action::Upload { step: Step(10), slot: 0 }]);
     }
 
     #[test]
@@ -968,8 +1137,7 @@ mod tests {
     #[test]
     fn every_16th_save_of_several_ranks_compares_them_however_often_it_is_ordered() {
         for (ranks, expected) in [(2, vec![16, 32]), (1, vec![])] {
-            let setup =
-                Setup { ranks, done: Step(0), last: Step(1000), cadence: Cadence::Steps(1), ranked: None, held: None };
+            let setup = Setup { ranks, ..setup(Cadence::Steps(1), 0, 1000) };
             let mut c = Scheduler::new(setup, Measured::NOTHING, at(0));
             let mut orders = c.first_orders(at(0));
             let mut compared = Vec::new();
@@ -979,8 +1147,8 @@ mod tests {
                     compared.push(step);
                 }
                 let mut actions = c.step_finished(Step(step), 1.0, at(step));
-                for _ in 0..ranks {
-                    actions = c.captured(order.slot, Step(step), at(step));
+                for rank in 0..ranks {
+                    actions = c.captured(Rank(rank), order.slot, Step(step), at(step));
                 }
                 assert!(matches!(actions[..], [Action::Upload { .. }, ..]), "{actions:?}");
                 let actions = c.uploaded(order.slot, true, at(step));

@@ -1,10 +1,13 @@
-//! The node's two snapshot slots: shared memory that outlives its workers.
+//! The node's snapshot slots: shared memory that outlives its workers.
 //!
 //! # Layout
 //! Each slot is one piece of shared memory for the whole node. It holds the image of each of the node's ranks
-//! ([`crate::snapshot::plan`]), one after the other, each beginning on a page; a rank writes its own image alone and
-//! may read all of them. A checkpoint that is loaded is brought into one slot, file after file ([`super::gather`]), and
-//! read there by all ranks: restoring needs no memory beside the slots.
+//! ([`crate::snapshot::plan`]), one after the other, each beginning on a page. A rank writes its own image and, where
+//! it has parts of weights, their places in the others' images: never a byte that another rank writes. It may read all
+//! of them. So any rank may write into any file of the node, and *no file is read before every rank has captured the
+//! step*: the scheduler ([`super::scheduler`]) uploads a slot, and [`Slots::hold`] keeps one, only then. A checkpoint
+//! that is loaded is brought into one slot, file after file ([`super::gather`]), and read there by all ranks: restoring
+//! needs no memory beside the slots.
 //!
 //! # A slot's content
 //! After a commit, and after a checkpoint was brought into it, a slot holds that checkpoint's files until the next
@@ -16,8 +19,14 @@
 //! counts as absent.
 //!
 //! What comes from outside goes into [`RESTORE_SLOT`], or into the other slot if that one holds files of the very
-//! checkpoint: nothing overwrites what it is made from. So in a group each slot may grow to a whole checkpoint, as both
+//! checkpoint: nothing overwrites what it is made from. So in a group each slot may grow to a whole checkpoint, as the
 //! slots of a node that is alone are from the start.
+//!
+//! # One slot or two
+//! With two, one is captured into while the other is uploaded, and the newest checkpoint stays in memory while a
+//! newer state is copied. With one (`checkpoint.slots`), the copy overwrites that checkpoint: workers that crash from
+//! then on, until the next commit, are started again from the store. A group that holds parts of a checkpoint has no
+//! place beside them, and reads all of it from elsewhere.
 //!
 //! # Who reads in a slot
 //! The workers that load, uploads, and the other nodes of a generation that loads, through the [`Shelf`]: that ends
@@ -59,12 +68,12 @@ use crate::{
         save::Upload,
     },
     error::{Error, Kind, Result},
-    ids::{Generation, NodeId, NodeRanks, Step},
+    ids::{Generation, NodeId, NodeRanks, Rank, SlotCount, Step},
     rendezvous::channel::bulk::Wanted,
     shortage::Shortage,
     snapshot::{
         image::{self, Mapping, SharedImage},
-        plan::{self, ImagePlan, ShardKind, TensorSpec},
+        plan::{self, CopyPlan, ImagePlan, ShardKind, SlotCopy, TensorSpec},
     },
     storage::Crc64,
 };
@@ -72,8 +81,6 @@ use crate::{
 /// The slot that a checkpoint is fetched into, unless it holds a part of it.
 pub const RESTORE_SLOT: u8 = 0;
 
-/// The slots' names, which show up in `/proc/<pid>/maps`.
-const NAMES: [&str; 2] = ["trainer-slot-0", "trainer-slot-1"];
 /// How long the end of a generation waits for the remaining users of a slot's memory.
 const QUIET: Duration = Duration::from_secs(10);
 /// The interval between two checks for such users.
@@ -114,8 +121,9 @@ struct Slot {
 }
 
 impl Slot {
-    fn create(name: &str) -> Result<Self> {
-        let image = SharedImage::create(name).map_err(memory("make shared memory"))?;
+    /// Its name shows up in `/proc/<pid>/maps`.
+    fn create(number: u8) -> Result<Self> {
+        let image = SharedImage::create(&format!("trainer-slot-{number}")).map_err(memory("make shared memory"))?;
         Ok(Self { image, held: None, has_headers: false })
     }
 
@@ -147,13 +155,25 @@ struct Layout {
     index: Bytes,
     /// The names of all shards, over all ranks.
     names: Vec<String>,
-    maps: [Mapping; 2],
+    maps: Vec<Mapping>,
 }
 
-/// Both slots of a node.
+/// A rank's part of a layout.
+#[derive(Debug)]
+pub struct LaidOut {
+    /// The rank.
+    pub rank: Rank,
+    /// Bytes of the files in its image.
+    pub stored: u64,
+    /// What it copies at each save, and where to in a slot.
+    pub copies: Vec<SlotCopy>,
+}
+
+/// The slots of a node.
 #[derive(Debug)]
 pub struct Slots {
-    slots: [Slot; 2],
+    slots: Vec<Slot>,
+    count: SlotCount,
     layout: Option<Layout>,
     /// What other nodes may read of them.
     shelf: Arc<Shelf>,
@@ -172,15 +192,30 @@ fn memory(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
 }
 
 impl Slots {
-    /// Two empty slots.
-    pub fn create() -> Result<Self> {
-        let [first, second] = NAMES;
-        Ok(Self { slots: [Slot::create(first)?, Slot::create(second)?], layout: None, shelf: Arc::default() })
+    /// Empty slots.
+    pub fn create(count: SlotCount) -> Result<Self> {
+        let slots = count.numbers().map(Slot::create).collect::<Result<_>>()?;
+        Ok(Self { slots, count, layout: None, shelf: Arc::default() })
+    }
+
+    /// Between two generations: from now on there are this many. A slot that goes takes its content along.
+    pub fn set_count(&mut self, count: SlotCount) -> Result<()> {
+        self.slots.truncate(usize::from(count.get()));
+        for number in count.numbers().skip(self.slots.len()) {
+            self.slots.push(Slot::create(number)?);
+        }
+        self.count = count;
+        Ok(())
+    }
+
+    /// How many there are.
+    pub const fn count(&self) -> SlotCount {
+        self.count
     }
 
     /// The slots' memory, to be inherited by workers.
-    pub fn shared(&self) -> [&SharedImage; 2] {
-        [&self.slots[0].image, &self.slots[1].image]
+    pub fn shared(&self) -> Vec<&SharedImage> {
+        self.slots.iter().map(|slot| &slot.image).collect()
     }
 
     /// What other nodes may read of them.
@@ -237,10 +272,10 @@ impl Slots {
             }
         };
         let _ = tokio::time::timeout(limit, quiet).await;
-        for (slot, name) in self.slots.iter_mut().zip(NAMES) {
+        for (slot, number) in self.slots.iter_mut().zip(0..) {
             if slot.image.is_lent() || !workers_are_gone {
-                tracing::warn!("{name} gets new memory: the old one may still be written to");
-                *slot = Slot::create(name)?;
+                tracing::warn!("slot {number} gets new memory: the old one may still be written to");
+                *slot = Slot::create(number)?;
             }
         }
         Ok(())
@@ -251,7 +286,8 @@ impl Slots {
         self.make_room(RESTORE_SLOT, files, part)
     }
 
-    /// The same for a checkpoint of which a slot may hold files: they are copied from there into the other slot.
+    /// The same for a checkpoint of which a slot may hold files: they are copied from there into the other slot, if
+    /// there is one.
     pub fn receive_beside(
         &mut self,
         step: Step,
@@ -259,13 +295,14 @@ impl Slots {
         files: Vec<RemoteFile>,
         part: u64,
     ) -> Result<Fetch> {
-        let held = self.slots.each_ref().map(|slot| slot.places(step, generation, &files));
+        let held: Vec<_> = self.slots.iter().map(|slot| slot.places(step, generation, &files)).collect();
         let bytes = |places: &[Option<Range<u64>>]| places.iter().flatten().map(|at| at.end - at.start).sum::<u64>();
-        let [first, second] = held.each_ref().map(|places| bytes(places));
-        if (first, second) == (0, 0) {
+        // The one with the most of it; of two that have as much, the first.
+        let source = (0..held.len()).rev().max_by_key(|at| bytes(&held[*at])).filter(|at| bytes(&held[*at]) > 0);
+        let target = self.count.numbers().find(|number| source.is_some_and(|source| usize::from(*number) != source));
+        let (Some(source), Some(target)) = (source, target) else {
             return self.make_room(RESTORE_SLOT, files, part);
-        }
-        let (source, target) = if first >= second { (0, 1) } else { (1, 0) };
+        };
         let mapping = self.slots[source].image.map().map_err(memory("read a snapshot"))?;
         // Memory that can't be lent is read from elsewhere.
         let lend = |place: &Option<Range<u64>>| place.clone().and_then(|range| mapping.bytes(range).ok());
@@ -342,13 +379,10 @@ impl Slots {
     }
 
     /// Every rank has reported its state's layout: plans who writes what, and sizes the slots for this node's ranks.
-    /// Returns the plan of each of them and the first byte of its image in the slots.
-    pub fn lay_out(
-        &mut self,
-        tensors: &[TensorSpec],
-        ranks: NodeRanks,
-    ) -> Result<impl Iterator<Item = (&ImagePlan, u64)>> {
+    /// Returns what each of them has to know.
+    pub fn lay_out(&mut self, tensors: &[TensorSpec], ranks: NodeRanks) -> Result<Vec<LaidOut>> {
         let mut plans = plan::plan(tensors, ranks.world, image::page_size())?;
+        plan::within(&plans, tensors, ranks)?;
         let index = serde_json::to_vec_pretty(&plan::model_index(&plans, tensors))
             .map_err(|error| Error::from_source(Kind::Bug, error))?;
         let shards = plans.iter().flat_map(|plan| &plan.shards);
@@ -368,10 +402,11 @@ impl Slots {
             slot.image.map()
         };
         let failed = memory("lay out snapshot images");
-        let maps = [open(&self.slots[0]).map_err(&failed)?, open(&self.slots[1]).map_err(&failed)?];
+        let maps = self.slots.iter().map(|slot| open(slot).map_err(&failed)).collect::<Result<_>>()?;
         let is_whole = ranks.is_whole_world();
-        let layout = self.layout.insert(Layout { plans, bases, is_whole, index: index.into(), names, maps });
-        Ok(layout.plans.iter().zip(layout.bases.iter().copied()))
+        let laid_out = laid_out(&plans, &bases)?;
+        self.layout = Some(Layout { plans, bases, is_whole, index: index.into(), names, maps });
+        Ok(laid_out)
     }
 
     fn laid_out(&self) -> Result<&Layout> {
@@ -443,6 +478,19 @@ impl Slots {
     }
 }
 
+/// The part of each rank of a node whose images begin at `bases`.
+fn laid_out(plans: &[ImagePlan], bases: &[u64]) -> Result<Vec<LaidOut>> {
+    let base_of: HashMap<Rank, u64> = plans.iter().map(|plan| plan.rank).zip(bases.iter().copied()).collect();
+    let of = |plan: &ImagePlan| {
+        let place = |copy: &CopyPlan| copy.within(*base_of.get(&copy.image)?);
+        let copies: Option<Vec<_>> = plan.copies.iter().map(place).collect();
+        let copies = copies.ok_or_else(|| Error::new(Kind::Bug, "a rank copies into an image that is not here"))?;
+        let stored = plan.shards.iter().map(|shard| shard.len).sum();
+        Ok(LaidOut { rank: plan.rank, stored, copies })
+    };
+    plans.iter().map(of).collect()
+}
+
 /// Whether each of these files has its checksum.
 async fn sums_agree(image: &SharedImage, files: &[HeldFile]) -> Vec<bool> {
     let Ok(mapping) = image.map() else { return Vec::new() };
@@ -468,8 +516,8 @@ mod tests {
     use crate::{
         agent::save::gather::Fetched,
         checkpoint::testing::{STORAGE, memory_store},
-        ids::{Rank, WorldSize},
-        snapshot::plan::Dtype,
+        ids::WorldSize,
+        snapshot::plan::{Dtype, Part},
         storage::{
             Store,
             faulty::{Fault, Faulty},
@@ -491,18 +539,20 @@ mod tests {
         ]
     }
 
+    /// A rank's copies.
+    fn copy(slots: &Slots, slot: u8, rank: &LaidOut, byte: u8) {
+        let worker = slots.slots[usize::from(slot)].image.map().unwrap();
+        for &SlotCopy { offset, len, .. } in &rank.copies {
+            #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
+            worker.chunks(&[offset..offset + len]).unwrap()[0].as_mut().fill(byte);
+        }
+    }
+
     /// Fills a slot as the workers would, and returns the checksums of an upload.
     fn capture(slots: &mut Slots, slot: u8, byte: u8) -> Vec<(String, Crc64)> {
         let layout = slots.layout.as_ref().unwrap();
-        for (plan, base) in layout.plans.iter().zip(&layout.bases) {
-            let worker = slots.slots[usize::from(slot)].image.map().unwrap();
-            for shard in &plan.shards {
-                for tensor in &shard.tensors {
-                    let start = base + tensor.offset;
-                    #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
-                    worker.chunks(&[start..start + tensor.len]).unwrap()[0].as_mut().fill(byte);
-                }
-            }
+        for rank in laid_out(&layout.plans, &layout.bases).unwrap() {
+            copy(slots, slot, &rank, byte);
         }
         let uploads = slots.uploads(slot).unwrap();
         assert!(!slots.outline().unwrap().0.is_empty());
@@ -511,8 +561,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_slot_holds_its_checkpoint_until_the_next_capture() {
-        let mut slots = Slots::create().unwrap();
-        assert_eq!(slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().count(), 2);
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
+        assert_eq!(slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().len(), 2);
         let checksums = capture(&mut slots, 1, 7);
         assert_eq!(slots.find(Step(4), Generation(1)), None);
         slots.hold(1, Step(4), Generation(1), &checksums);
@@ -533,7 +583,7 @@ mod tests {
             .collect();
         assert_eq!(names.len(), 3, "{names:?}");
 
-        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
         capture(&mut slots, 0, 8);
         assert!(slots.find(Step(4), Generation(1)).is_some(), "it was the other slot");
         capture(&mut slots, 1, 9);
@@ -543,10 +593,15 @@ mod tests {
     #[test]
     fn a_node_lays_out_and_uploads_its_own_ranks_alone() {
         let ranks = |first, workers| NodeRanks { first: Rank(first), workers, world: WorldSize(3) };
-        let (mut alone, mut first, mut second) =
-            (Slots::create().unwrap(), Slots::create().unwrap(), Slots::create().unwrap());
+        let (mut alone, mut first, mut second) = (
+            Slots::create(SlotCount::TWO).unwrap(),
+            Slots::create(SlotCount::TWO).unwrap(),
+            Slots::create(SlotCount::TWO).unwrap(),
+        );
         let plans = |slots: &mut Slots, ranks| -> Vec<(ImagePlan, u64)> {
-            slots.lay_out(&tensors(), ranks).unwrap().map(|(plan, base)| (plan.clone(), base)).collect()
+            slots.lay_out(&tensors(), ranks).unwrap();
+            let layout = slots.layout.as_ref().unwrap();
+            layout.plans.iter().cloned().zip(layout.bases.iter().copied()).collect()
         };
         let all = plans(&mut alone, NodeRanks::alone(3));
         let (one, two) = (plans(&mut first, ranks(0, 1)), plans(&mut second, ranks(1, 2)));
@@ -567,10 +622,75 @@ mod tests {
         assert_eq!(names, alone.outline().unwrap().1);
     }
 
+    /// The rank whose image this copy goes into.
+    fn image_of(slots: &Slots, copy: &SlotCopy) -> Rank {
+        let layout = slots.layout.as_ref().unwrap();
+        let images = layout.plans.iter().zip(&layout.bases);
+        images.filter(|(_, base)| **base <= copy.offset).last().unwrap().0.rank
+    }
+
+    /// Tensors of which each of two ranks has a half.
+    fn halves() -> Vec<TensorSpec> {
+        let half = |tensor: &TensorSpec, owner: u32| {
+            let half = tensor.shape[0] / 2;
+            let (begin, end) = (u64::from(owner) * half, (u64::from(owner) + 1) * half);
+            TensorSpec { part: Some(Part { owner: Rank(owner), begin, end }), ..tensor.clone() }
+        };
+        tensors().iter().flat_map(|tensor| [half(tensor, 0), half(tensor, 1)]).collect()
+    }
+
+    /// Both ranks write into each file of weights. One dies after its copies or before them: what there is then is no
+    /// checkpoint, neither the one that the slot held nor the one that was to be made.
+    #[tokio::test]
+    async fn files_that_two_ranks_write_are_whole_only_with_the_copies_of_both() {
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
+        let ranks = slots.lay_out(&halves(), NodeRanks::alone(2)).unwrap();
+        let images: BTreeSet<Rank> = ranks[0].copies.iter().map(|copy| image_of(&slots, copy)).collect();
+        assert_eq!(images.len(), 2, "a rank writes into both images");
+        let sums = |slots: &mut Slots| -> Vec<(String, Crc64)> {
+            slots.uploads(0).unwrap().iter().map(|upload| (upload.name.clone(), Crc64::of(&upload.body))).collect()
+        };
+        for rank in &ranks {
+            copy(&slots, 0, rank, 7);
+        }
+        let old = sums(&mut slots);
+        slots.hold(0, Step(4), Generation(1), &old);
+        assert!(slots.verify(0).await);
+        for rank in &ranks {
+            copy(&slots, 0, rank, 8);
+            // Only one has captured: in every file of weights are bytes of both steps.
+            let held = slots.slots[0].held.clone();
+            assert!(!slots.verify(0).await);
+            let whole = &slots.slots[0].held.as_ref().unwrap().files;
+            assert!(whole.iter().all(|file| file.name.starts_with("optimizer")), "{whole:?}");
+            assert_eq!(slots.find(Step(4), Generation(1)), None);
+            slots.slots[0].held = held;
+            copy(&slots, 0, rank, 7);
+            assert!(slots.verify(0).await, "each byte has one writer");
+        }
+        for rank in &ranks {
+            copy(&slots, 0, rank, 8);
+        }
+        let new = sums(&mut slots);
+        assert!(old.iter().zip(&new).all(|(old, new)| old.0 == new.0 && old.1 != new.1));
+        slots.hold(0, Step(5), Generation(1), &new);
+        assert!(slots.verify(0).await);
+        assert_eq!(slots.find(Step(5), Generation(1)).unwrap().1.len(), new.len());
+    }
+
+    #[test]
+    fn ranks_of_several_nodes_can_not_write_one_file() {
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
+        let ranks = NodeRanks { first: Rank(0), workers: 1, world: WorldSize(2) };
+        let error = slots.lay_out(&halves(), ranks).unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+        assert!(error.to_string().contains("is in parts on several nodes"), "{error}");
+    }
+
     #[tokio::test]
     async fn what_a_dying_worker_has_scribbled_over_is_not_believed() {
-        let mut slots = Slots::create().unwrap();
-        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
         let checksums = capture(&mut slots, 0, 7);
         slots.hold(0, Step(4), Generation(1), &checksums);
         let start = slots.layout.as_ref().unwrap().bases[1] + 1000;
@@ -590,7 +710,7 @@ mod tests {
         let body = Bytes::from(vec![5_u8; 100_000]);
         let file = RemoteFile { name: "f".into(), bytes: body.len() as u64, crc64: Some(Crc64::of(&body)) };
         store.put("f", body).await.unwrap();
-        let mut slots = Slots::create().unwrap();
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
         let (done, mut old) = mpsc::unbounded_channel();
         let mut fetching =
             slots.receive(vec![file.clone()], 30_000).unwrap().start(store.clone(), String::new(), None, done);
@@ -604,7 +724,7 @@ mod tests {
         let (done, mut new) = mpsc::unbounded_channel();
         let _fetching = slots.receive(vec![file], 30_000).unwrap().start(store, String::new(), None, done);
         new.recv().await.unwrap().unwrap();
-        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
         let sums = capture(&mut slots, 0, 9);
         faulty.let_go();
         while old.recv().await.is_some() {}
@@ -616,8 +736,8 @@ mod tests {
     #[tokio::test]
     async fn who_does_not_stop_writing_keeps_the_old_memory() {
         for workers_are_gone in [true, false] {
-            let mut slots = Slots::create().unwrap();
-            slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
+            let mut slots = Slots::create(SlotCount::TWO).unwrap();
+            slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
             let sums = capture(&mut slots, 1, 7);
             slots.hold(1, Step(4), Generation(1), &sums);
             let worker = slots.slots[0].image.map().unwrap();
@@ -631,7 +751,7 @@ mod tests {
             assert_eq!(slots.find(Step(4), Generation(1)).is_some(), workers_are_gone, "it was the other slot");
             slots.begin_generation().unwrap();
             drop(slots.receive(vec![file], 1000).unwrap());
-            slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
+            slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
             let sums = capture(&mut slots, 0, 9);
             match lent.pop() {
                 Some((_, mut chunk)) => chunk.as_mut().fill(5),
@@ -645,7 +765,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_fetched_checkpoint_is_held_where_it_was_received() {
-        let mut slots = Slots::create().unwrap();
+        let mut slots = Slots::create(SlotCount::TWO).unwrap();
         let body = Bytes::from(vec![5_u8; 100_000]);
         let file = RemoteFile { name: "f".into(), bytes: body.len() as u64, crc64: Some(Crc64::of(&body)) };
         let Fetch { slot, places, mut pieces, wanted, .. } = slots.receive(vec![file], 30_000).unwrap();
@@ -655,7 +775,7 @@ mod tests {
         drop(pieces);
         slots.received(Step(9), Generation(3), slot, &places, &wanted);
         // Sizing the slots for this generation's workers leaves it alone.
-        slots.lay_out(&tensors(), NodeRanks::alone(1)).unwrap().for_each(drop);
+        slots.lay_out(&tensors(), NodeRanks::alone(1)).unwrap();
         assert_eq!(slots.find(Step(9), Generation(3)), Some((RESTORE_SLOT, places.clone())));
         assert_eq!(slots.find_all(Step(9), Generation(3), &wanted), Some((RESTORE_SLOT, places)));
         assert!(slots.verify(RESTORE_SLOT).await);
@@ -676,10 +796,10 @@ mod tests {
         let tensors = sizes.map(tensor);
         let store = memory_store();
         let ranks = |first| NodeRanks { first: Rank(first), workers: 1, world: WorldSize(2) };
-        let (mut first, mut second) = (Slots::create().unwrap(), Slots::create().unwrap());
+        let (mut first, mut second) = (Slots::create(SlotCount::TWO).unwrap(), Slots::create(SlotCount::TWO).unwrap());
         let mut files = Vec::new();
         for (slots, rank) in [(&mut first, 0), (&mut second, 1)] {
-            slots.lay_out(&tensors, ranks(rank)).unwrap().for_each(drop);
+            slots.lay_out(&tensors, ranks(rank)).unwrap();
             let sums = capture(slots, slot, 7 + rank as u8);
             for upload in slots.uploads(slot).unwrap() {
                 let crc64 = Some(Crc64::of(&upload.body));
@@ -744,6 +864,50 @@ mod tests {
         drop(fetch);
         let (found, slot) = fetched(&mut slots, &store, &files).await;
         assert_eq!((found.stored, slot), (bytes(&files), RESTORE_SLOT), "that fetch has taken its place");
+    }
+
+    #[tokio::test]
+    async fn one_slot_is_all_that_there_is_to_capture_into_to_hold_and_to_receive_into() {
+        let mut slots = Slots::create(SlotCount::ONE).unwrap();
+        assert_eq!(slots.shared().len(), 1);
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
+        let sums = capture(&mut slots, 0, 7);
+        assert!(slots.uploads(1).is_err(), "there is no other");
+        slots.hold(0, Step(4), Generation(1), &sums);
+        slots.end_generation(true).await.unwrap();
+        slots.begin_generation().unwrap();
+        assert!(slots.verify(0).await && slots.find(Step(4), Generation(1)).is_some());
+        // A worker dies in the middle of the next capture, which writes over what the slot holds.
+        let ranks = slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
+        copy(&slots, 0, &ranks[0], 8);
+        slots.end_generation(true).await.unwrap();
+        slots.begin_generation().unwrap();
+        assert!(!slots.verify(0).await);
+        assert_eq!(slots.find(Step(4), Generation(1)), None, "the store has it");
+    }
+
+    /// There is no place beside them.
+    #[tokio::test]
+    async fn with_one_slot_parts_of_a_checkpoint_are_read_again() {
+        let (mut slots, store, files, _) = half_held(0).await;
+        slots.set_count(SlotCount::ONE).unwrap();
+        let (found, slot) = fetched(&mut slots, &store, &files).await;
+        assert_eq!((found.stored, slot), (bytes(&files), RESTORE_SLOT));
+    }
+
+    #[tokio::test]
+    async fn the_number_of_slots_may_change_between_two_generations() {
+        let (mut slots, ..) = half_held(1).await;
+        slots.set_count(SlotCount::TWO).unwrap();
+        assert!(slots.verify(1).await, "nothing has changed");
+        slots.set_count(SlotCount::ONE).unwrap();
+        assert!(!slots.verify(1).await, "its memory is gone");
+        slots.set_count(SlotCount::TWO).unwrap();
+        slots.begin_generation().unwrap();
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap();
+        let sums = capture(&mut slots, 1, 7);
+        slots.hold(1, Step(5), Generation(2), &sums);
+        assert!(slots.verify(1).await);
     }
 
     /// Faulty memory, or a capture that was under way when its worker died.

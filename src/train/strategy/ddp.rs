@@ -6,7 +6,7 @@ use std::time::Duration;
 use tch::Tensor;
 
 use super::{
-    Buckets, Layout, Peers, Strategy,
+    Buckets, Layout, Peers, Stages, Strategy,
     single::{Replica, Whole},
 };
 use crate::{
@@ -46,11 +46,17 @@ struct Ddp {
     group: ProcessGroup,
 }
 
-impl Strategy for Ddp {
-    fn backward(&self, loss: &Tensor, last: bool) -> Result<(), TorchError> {
-        self.reducer.backward(loss, if last { Reduction::Average } else { Reduction::Accumulate })
+impl Stages for Ddp {
+    fn begin(&mut self, last: bool) -> Result<(), TorchError> {
+        self.reducer.begin(Reduction::of(last))
     }
 
+    fn end(&mut self, last: bool) -> Result<(), TorchError> {
+        self.reducer.end(Reduction::of(last))
+    }
+}
+
+impl Strategy for Ddp {
     fn norm(&self) -> Result<Tensor, TorchError> {
         self.whole.norm()
     }

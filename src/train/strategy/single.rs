@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tch::Tensor;
 
-use super::{Layout, Peers, Strategy, leaves};
+use super::{Layout, Peers, Stages, Strategy, leaves};
 use crate::{
     config::OptimizerConfig,
     error::Result,
@@ -100,11 +100,17 @@ impl Whole {
 #[derive(Debug)]
 struct Single(Whole);
 
-impl Strategy for Single {
-    fn backward(&self, loss: &Tensor, _: bool) -> Result<(), TorchError> {
-        torch::tch_result("backward pass", loss.f_backward())
+impl Stages for Single {
+    fn begin(&mut self, _: bool) -> Result<(), TorchError> {
+        Ok(())
     }
 
+    fn end(&mut self, _: bool) -> Result<(), TorchError> {
+        Ok(())
+    }
+}
+
+impl Strategy for Single {
     fn norm(&self) -> Result<Tensor, TorchError> {
         self.0.norm()
     }

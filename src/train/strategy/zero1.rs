@@ -21,12 +21,12 @@ use std::time::Duration;
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{Buckets, Layout, Peers, Strategy, leaves};
+use super::{Buckets, Layout, Peers, Stages, Strategy, computed_in, leaves, norm_of_chunks, replace_trained};
 use crate::{
     config::{OptimizerConfig, Precision},
     error::Result,
     ids::{Rank, Step, WorldSize},
-    model::{Leaves, Weight},
+    model::Leaves,
     torch::{self, Pending, ProcessGroup, Reducer, Reduction, TorchError},
     train::{
         optim::{Slot, Update},
@@ -60,10 +60,7 @@ pub(super) fn lay_out(
     let fresh = leaves(model);
     let lens: Vec<u64> = fresh.iter().map(|leaf| leaf.numel() as u64).collect();
     let partition = Partition::new(&lens, world, buckets.first, buckets.rest);
-    let kind = match precision {
-        Precision::Fp32 => Kind::Float,
-        Precision::Bf16 => Kind::BFloat16,
-    };
+    let kind = computed_in(precision);
     let mut views = Vec::with_capacity(fresh.len());
     let mut shares = Vec::with_capacity(partition.buckets().len());
     for number in 0..partition.buckets().len() {
@@ -123,28 +120,6 @@ fn share(
     let zeros = || Tensor::f_zeros([signed(owned)], (Kind::Float, device));
     let weights = if kind == Kind::Float { own.shallow_clone() } else { zeros()? };
     Ok(Share { gathered, own, weights, exp_avg: zeros()?, exp_avg_sq: zeros()? })
-}
-
-/// Lets the model compute with `views`, one for each trained parameter; frozen ones stay as they are.
-fn replace_trained(
-    model: &mut dyn Leaves,
-    precision: Precision,
-    mut views: impl Iterator<Item = Tensor>,
-) -> Result<()> {
-    let mut weights = Vec::with_capacity(model.parameters().len());
-    for parameter in model.parameters() {
-        // A model whose parameters have no views keeps them, and `State::new` refuses it.
-        let view = parameter.leaf().and_then(|_| views.next());
-        weights.push(match (view, precision) {
-            (None, _) => parameter.weight.share(),
-            (Some(view), Precision::Fp32) => {
-                let leaf = view.f_detach().and_then(|leaf| leaf.f_set_requires_grad(true));
-                Weight::Leaf(torch::tch_result("make parameters", leaf)?)
-            }
-            (Some(view), Precision::Bf16) => Weight::Copy { leaf: torch::leaf_like(&view)?, copy: view },
-        });
-    }
-    Ok(model.set_parameters(weights)?)
 }
 
 #[derive(Debug)]
@@ -221,23 +196,19 @@ impl Unit {
     }
 }
 
-impl Strategy for Zero1 {
-    fn backward(&self, loss: &Tensor, last: bool) -> Result<(), TorchError> {
-        self.reducer.backward(loss, if last { Reduction::Average } else { Reduction::Accumulate })
+impl Stages for Zero1 {
+    fn begin(&mut self, last: bool) -> Result<(), TorchError> {
+        self.reducer.begin(Reduction::of(last))
     }
 
+    fn end(&mut self, last: bool) -> Result<(), TorchError> {
+        self.reducer.end(Reduction::of(last))
+    }
+}
+
+impl Strategy for Zero1 {
     fn norm(&self) -> Result<Tensor, TorchError> {
-        let square = || match self.gradients.as_slice() {
-            [] => Tensor::f_zeros([], (Kind::Double, self.device)),
-            // In double, so that squaring a norm and taking the root again costs nothing.
-            gradients => torch::grad_norm(gradients)
-                .map_err(|error| TchError::Torch(error.to_string()))?
-                .f_to_kind(Kind::Double)?
-                .f_square(),
-        };
-        let mut sum = torch::tch_result("gradient norm", square())?;
-        self.group.all_reduce_sum(&mut sum)?;
-        torch::tch_result("gradient norm", sum.f_sqrt().and_then(|norm| norm.f_to_kind(Kind::Float)))
+        norm_of_chunks(&self.gradients, &self.group, self.device)
     }
 
     fn update(

@@ -14,7 +14,7 @@ use crate::{
         slots::Slots,
     },
     checkpoint::{restore::RemoteFile, testing::memory_store},
-    ids::{Generation, NodeId, RunId, Step},
+    ids::{Generation, NodeId, RunId, SlotCount, Step},
     rendezvous::channel::{Known, Listener},
     snapshot::image::SharedImage,
     storage::Store,
@@ -98,7 +98,7 @@ impl Need {
                 store.put(&format!("c/{}", name(file)), body).await.unwrap();
             }
         }
-        Self { me, files, store, slots: Slots::create().unwrap() }
+        Self { me, files, store, slots: Slots::create(SlotCount::TWO).unwrap() }
     }
 
     /// What a fetch has brought; every byte of it is right.

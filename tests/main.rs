@@ -29,6 +29,7 @@ mod journal;
 mod lora;
 mod members_model;
 mod metadata;
+mod metrics;
 mod model_folder;
 mod moments;
 mod nodes;

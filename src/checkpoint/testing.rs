@@ -102,6 +102,8 @@ pub fn config() -> RunConfig {
                 seed: 1234,
                 precision: Precision::Fp32,
                 threads: 1,
+                fused: false,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 3e-4,
                     betas: [0.9, 0.95],

@@ -110,6 +110,8 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                     seed: 1234,
                     precision: Precision::Fp32,
                     threads: 8,
+                    fused: true,
+                    deterministic: true,
                     optimizer: OptimizerConfig {
                         lr: 3e-4,
                         betas: [0.9, 0.95],
@@ -230,8 +232,8 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "train = 5",
-            "run.toml:3: train = 5: expected a table with early_stopping.min_delta, \
-            early_stopping.patience, epochs, global_batch, max_micro_batch, optimizer.betas, optimizer.eps, \
+            "run.toml:3: train = 5: expected a table with deterministic, early_stopping.min_delta, \
+            early_stopping.patience, epochs, fused, global_batch, max_micro_batch, optimizer.betas, optimizer.eps, \
             optimizer.grad_clip, optimizer.kind, optimizer.lr, optimizer.weight_decay, precision, schedule.kind, \
             schedule.min_lr_ratio, schedule.warmup_steps, seed, steps, threads",
             "",

@@ -40,6 +40,8 @@ pub(super) fn config() -> RunConfig {
                 seed: 1,
                 precision: Precision::Fp32,
                 threads: 1,
+                fused: false,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 1e-3,
                     betas: [0.9, 0.95],

@@ -272,6 +272,8 @@ mod tests {
                 seed: 7,
                 precision,
                 threads: 1,
+                fused: true,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 1e-2,
                     betas: [0.9, 0.95],

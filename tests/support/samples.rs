@@ -59,6 +59,8 @@ pub fn config() -> RunConfig {
                 seed: 1234,
                 precision: Precision::Bf16,
                 threads: 2,
+                fused: false,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 3e-4,
                     betas: [0.9, 0.95],

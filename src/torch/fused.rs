@@ -109,9 +109,9 @@ pub fn cross_entropy(scores: &mut Tensor, targets: &Tensor, gradient: bool) -> R
     })
 }
 
-/// `x · valuesᵀ + bias`. The gradient with respect to the weight goes to `leaf`, in fp32: it is added to the leaf's
-/// gradient by the product itself if there is one, and whoever waits for it (a reducer) is told; otherwise it is
-/// returned to autograd. `values`: what is computed with, the leaf itself or its copy in the type of `x`.
+/// `x · valuesᵀ + bias`. The gradient with respect to the weight goes to `leaf`, in fp32: if that has a gradient already,
+/// the product itself adds to it, and whoever waits for it (a reducer) is told; otherwise, and in a pass that returns
+/// gradients, it is returned to autograd. `values`: what is computed with, the leaf itself or its copy in the type of `x`.
 pub fn linear(x: &Tensor, leaf: &Tensor, values: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     made("compute linear layer", |out| {
         let bias = bias.map_or(ptr::null(), ffi::raw);
@@ -438,6 +438,14 @@ mod tests {
             assert_eq!(added.grad().data_ptr(), place);
             let far = (returned.grad() - added.grad()).abs().max().double_value(&[]);
             assert!(far < 1e-4 && returned.grad().abs().max().double_value(&[]) > 1.0, "{kind:?}: {far}");
+            // A pass that returns gradients gets them, and adds to none.
+            let y = linear(&x, &added, &added.detach().to_kind(kind), None).unwrap().to_kind(Kind::Float);
+            let before = bits(&added.grad());
+            let found = Tensor::run_backward(&[y.square().sum(Kind::Float)], &[&added], false, false);
+            let expected = returned.grad() - &weight * 2.0;
+            let far = (&found[0] - expected).abs().max().double_value(&[]);
+            assert!(far < 1e-4, "{kind:?}: returned: {far}");
+            assert_eq!(bits(&added.grad()), before);
             pass(&added);
             let far = (returned.grad() * 2.0 - added.grad()).abs().max().double_value(&[]);
             assert!(far < 1e-4, "{kind:?}: a second pass: {far}");

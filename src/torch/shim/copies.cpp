@@ -8,6 +8,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "direct.h"
+
 namespace trainer {
 namespace {
 
@@ -43,19 +45,18 @@ struct Lookup : public Function<Lookup> {
   }
 };
 
-// Adds `gradient · factor` to the leaf's own gradient, if it has one, and returns nothing: whoever waits for the leaf's
-// gradient is told that this part of it is there. Otherwise it returns the product.
+// Adds `gradient · factor` to the leaf's own gradient where that may be done, and returns nothing; otherwise returns
+// the product.
 at::Tensor deliver(const at::Tensor& leaf, const at::Tensor& gradient, const at::Tensor& factor, bool direct) {
-  auto& grad = leaf.mutable_grad();
-  if (direct && grad.defined() && grad.scalar_type() == gradient.scalar_type() && grad.sizes() == gradient.sizes()) {
-    grad.addcmul_(gradient, factor);
+  if (auto* own = direct && gradient.scalar_type() == at::kFloat ? own_gradient(leaf) : nullptr) {
+    own->addcmul_(gradient, factor);
     return {};
   }
   return gradient.mul(factor);
 }
 
-// A loss with gradients that were computed along with it: with respect to `hidden`, in any floating type, and to a leaf,
-// in fp32. Either pair may be missing.
+// A loss with gradients that were computed along with it: with respect to `hidden`, in any floating type, and to a
+// leaf, in fp32. Either pair may be missing.
 struct WithGradients : public Function<WithGradients> {
   static at::Tensor forward(
       AutogradContext* context,

@@ -13,6 +13,7 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "direct.h"
 #include "kernels.h"
 
 namespace trainer {
@@ -259,9 +260,7 @@ struct GateOfBoth : public Function<GateOfBoth> {
   }
 };
 
-// A linear layer. The gradient of its weight is added to the leaf's own gradient where there is one; then nothing is
-// returned for the leaf, whose node in the graph still runs: so hooks on it, a reducer's among them, see that it is
-// complete.
+// A linear layer. The gradient of its weight is added to the leaf's own gradient where that may be done.
 struct Linear : public Function<Linear> {
   static at::Tensor forward(
       AutogradContext* context,
@@ -291,13 +290,11 @@ struct Linear : public Function<Linear> {
     }
     if (context->needs_input_grad(1)) {
       const auto inputs = x.reshape({-1, values.size(1)});
-      auto& grad = context->saved_data["leaf"].toTensor().mutable_grad();
-      const bool direct = grad.defined() && grad.scalar_type() == at::kFloat && grad.sizes() == values.sizes() &&
-          grad.device() == values.device();
-      if (direct && values.scalar_type() == at::kFloat) {
-        grad.addmm_(given.t(), inputs);
-      } else if (direct) {
-        grad.add_(given.t().mm(inputs));
+      auto* own = own_gradient(context->saved_data["leaf"].toTensor());
+      if (own != nullptr && values.scalar_type() == at::kFloat) {
+        own->addmm_(given.t(), inputs);
+      } else if (own != nullptr) {
+        own->add_(given.t().mm(inputs));
       } else {
         dweight = given.t().mm(inputs).to(at::kFloat);
       }

@@ -103,6 +103,8 @@ pub fn config() -> RunConfig {
                 precision: Precision::Fp32,
                 activations: crate::config::Activations::Keep,
                 threads: 1,
+                fused: false,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 3e-4,
                     betas: [0.9, 0.95],

@@ -436,6 +436,8 @@ fn train(raw: &Raw, auto_threads: Option<u32>) -> Result<TrainConfig, ConfigErro
         precision: raw.choice("train.precision", PRECISIONS)?,
         activations: raw.choice("train.activations", ACTIVATIONS)?,
         threads,
+        fused: raw.flag("train.fused")?,
+        deterministic: raw.flag("train.deterministic")?,
         optimizer: OptimizerConfig {
             lr: raw.number("train.optimizer.lr", |n| n > 0.0, "a number above 0")?,
             betas: raw.numbers("train.optimizer.betas", share, "two numbers, each at least 0 and below 1")?,

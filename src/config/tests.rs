@@ -111,6 +111,8 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                     precision: Precision::Fp32,
                     activations: Activations::Keep,
                     threads: 8,
+                    fused: true,
+                    deterministic: true,
                     optimizer: OptimizerConfig {
                         lr: 3e-4,
                         betas: [0.9, 0.95],
@@ -232,8 +234,8 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "train = 5",
-            "run.toml:3: train = 5: expected a table with activations, early_stopping.min_delta, \
-            early_stopping.patience, epochs, global_batch, max_micro_batch, optimizer.betas, optimizer.eps, \
+            "run.toml:3: train = 5: expected a table with activations, deterministic, early_stopping.min_delta, \
+            early_stopping.patience, epochs, fused, global_batch, max_micro_batch, optimizer.betas, optimizer.eps, \
             optimizer.grad_clip, optimizer.kind, optimizer.lr, optimizer.weight_decay, precision, schedule.kind, \
             schedule.min_lr_ratio, schedule.warmup_steps, seed, steps, threads",
             "",

@@ -41,6 +41,8 @@ pub(super) fn config() -> RunConfig {
                 precision: Precision::Fp32,
                 activations: crate::config::Activations::Keep,
                 threads: 1,
+                fused: false,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 1e-3,
                     betas: [0.9, 0.95],

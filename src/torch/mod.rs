@@ -18,6 +18,7 @@ mod bytes;
 mod copier;
 mod copies;
 mod ffi;
+pub mod fused;
 mod group;
 mod optim;
 mod reducer;
@@ -31,7 +32,7 @@ use crate::{
 
 pub use bytes::{Mapped, Pinned, byte_len, load_bytes, store_bytes};
 pub use copier::{Copied, CopyJob, CopyTicket, HostCopier};
-pub use copies::{copy_at_use, copy_lookup, leaf_like, with_gradient};
+pub use copies::{Known, copy_at_use, copy_lookup, leaf_like, with_gradients};
 #[cfg(test)]
 pub(crate) use group::tests::{LIMIT, ranks};
 pub use group::{Backend, Pending, ProcessGroup, Reducing, Store};

@@ -307,6 +307,8 @@ mod tests {
                 precision,
                 activations: config::Activations::Keep,
                 threads: 1,
+                fused: true,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 1e-2,
                     betas: [0.9, 0.95],

@@ -60,6 +60,8 @@ pub fn config() -> RunConfig {
                 precision: Precision::Bf16,
                 activations: trainer::config::Activations::Keep,
                 threads: 2,
+                fused: false,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 3e-4,
                     betas: [0.9, 0.95],

@@ -1,6 +1,6 @@
 //! One step: batch → passes → clip → optimizer. And what comes before the first, and between two.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tch::{Device, Tensor};
 
@@ -9,13 +9,14 @@ use super::{
     schedule,
     state::State,
     strategy::{self, Graph, Layout, Peers, Strategy, stages},
+    timing::{Part, Timer},
 };
 use crate::{
     config::{self, Activations, DataConfig, ParallelConfig, Spread, TrainConfig, share},
     data::sampler::batch as positions,
     error::{Error, Kind, Result},
     ids::{Rank, Step, WorldSize},
-    model::{Batch, Model},
+    model::{Batch, Model, Parameter},
     protocol::HeldOutSum,
     torch,
 };
@@ -61,9 +62,14 @@ impl Built {
     pub fn start(self, data: &DataConfig, peers: Peers) -> Result<Training> {
         let Self { lesson, layout, train, place, .. } = self;
         let strategy = layout.connect(peers)?;
+        // Alone, nothing is reduced.
+        let leaves = lesson.leaves().parameters().iter().filter_map(Parameter::leaf);
+        let leaves = leaves.filter(|_| place.world.get() > 1).map(Tensor::shallow_clone);
+        let timer = Timer::new(place.device, lesson.passes().iter().count(), &leaves.collect::<Vec<_>>())?;
         Ok(Training {
             graph: graph(train.activations, strategy.is_staged()),
             strategy,
+            timer,
             validation_every: data.validation_every,
             validation_sequences: data.validation_sequences,
             train,
@@ -82,6 +88,7 @@ pub struct Training {
     lesson: Box<dyn Lesson>,
     strategy: Box<dyn Strategy>,
     graph: Graph,
+    timer: Timer,
 }
 
 /// The result of a step's passes. The numbers are on the device: the caller chooses when to read them.
@@ -89,8 +96,6 @@ pub struct Training {
 pub struct Pass {
     /// This rank's part of the step's loss: the mean of it over all ranks is the mean over all targets of the step.
     pub loss: Tensor,
-    /// Time spent reading data.
-    pub data: Duration,
 }
 
 /// The result of an update.
@@ -110,24 +115,24 @@ impl Training {
     /// Gradients of `step`, reduced under the last backward pass.
     pub fn forward_backward(&mut self, step: Step) -> Result<Pass> {
         let Place { rank, world, .. } = self.place;
-        let reading = Instant::now();
+        self.timer.lap(Part::Between)?;
         let step_targets = self.targets(step)?;
-        let mut data = reading.elapsed();
         let mut cursor = positions(step, self.train.global_batch, rank, world).start;
         let mut total: Option<Tensor> = None;
         for config::Pass { sequences, last } in self.lesson.passes().iter() {
             // Whatever is drawn for these sequences depends on their place in the run, not on who computes them.
             torch::manual_seed(pass_seed(self.train.seed, cursor))?;
-            let reading = Instant::now();
             let end = cursor + u64::from(sequences);
             self.lesson.read(cursor..end)?;
             cursor = end;
-            data += reading.elapsed();
+            self.timer.lap(Part::Data)?;
 
             // The weights are read from here on.
             self.strategy.settle()?;
+            self.timer.lap(Part::Optimizer)?;
             let divisor = |targets| config::divisor(step_targets, targets, world);
-            let loss = stages::pass(self.strategy.as_mut(), &self.lesson.newest()?, self.graph, &divisor, last)?;
+            let newest = self.lesson.newest()?;
+            let loss = stages::pass(self.strategy.as_mut(), &newest, self.graph, &divisor, last, &mut self.timer)?;
             total = Some(match total {
                 None => loss,
                 Some(sum) => torch::tch_result("sum losses", sum.f_add(&loss))?,
@@ -135,8 +140,9 @@ impl Training {
         }
         self.join_passes_of_others()?;
         self.strategy.reduce()?;
+        self.timer.lap(Part::Reduce)?;
         let loss = total.ok_or_else(|| Error::new(Kind::Bug, "a step without a micro-batch"))?;
-        Ok(Pass { loss, data })
+        Ok(Pass { loss })
     }
 
     /// Where all ranks do each pass together, this one takes part in those for which it has no samples left.
@@ -163,7 +169,13 @@ impl Training {
         let lr = schedule::learning_rate(schedule, optimizer.lr, step, *steps);
         let grad_norm = self.strategy.step(optimizer, step, lr)?;
         self.strategy.zero_grad()?;
+        self.timer.lap(Part::Optimizer)?;
         Ok(Update { grad_norm, lr })
+    }
+
+    /// Measures the time of its steps.
+    pub fn timer(&mut self) -> &mut Timer {
+        &mut self.timer
     }
 
     /// Waits until the last update has reached this rank's weights: before they are copied, and before peers may leave.
@@ -325,6 +337,7 @@ mod tests {
                 device: config::Device::Auto,
                 bucket_mib: 1,
                 mixed: false,
+                peak_tflops: None,
             },
         }
     }

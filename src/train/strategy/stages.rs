@@ -53,6 +53,26 @@ pub trait Stages {
     }
 }
 
+/// Hears how far a pass has come, to measure its parts.
+pub trait Laps {
+    /// The forward pass has ended and the backward pass begins; `last`: gradients are reduced under it.
+    fn backward_begins(&mut self, last: bool) -> Result<(), TorchError>;
+
+    /// The backward pass has ended.
+    fn backward_ends(&mut self) -> Result<(), TorchError>;
+}
+
+/// Nobody listens.
+impl Laps for () {
+    fn backward_begins(&mut self, _: bool) -> Result<(), TorchError> {
+        Ok(())
+    }
+
+    fn backward_ends(&mut self) -> Result<(), TorchError> {
+        Ok(())
+    }
+}
+
 /// One pass over the newest batch: adds to the gradients, those of its loss divided by `divisor` of its targets. Returns
 /// that loss.
 pub fn pass(
@@ -61,11 +81,12 @@ pub fn pass(
     graph: Graph,
     divisor: &dyn Fn(u64) -> f64,
     last: bool,
+    laps: &mut dyn Laps,
 ) -> Result<Tensor> {
     match (newest, graph) {
-        (_, Graph::Whole) => whole(strategy, newest, divisor, last),
+        (_, Graph::Whole) => whole(strategy, newest, divisor, last, laps),
         (Newest::Language { model, batch }, Graph::Blocks { keep }) => {
-            by_blocks(strategy, *model, batch, keep, divisor(batch.targets.count()), last)
+            by_blocks(strategy, *model, batch, keep, divisor(batch.targets.count()), last, laps)
         }
         (Newest::Own(_), Graph::Blocks { .. }) => Err(no_blocks()),
     }
@@ -76,13 +97,21 @@ fn no_blocks() -> Error {
     Error::new(Kind::Config, "a task has no blocks: train.activations = \"block\" and \"shard\" need a language model")
 }
 
-fn whole(strategy: &mut dyn Strategy, newest: &Newest<'_>, divisor: &dyn Fn(u64) -> f64, last: bool) -> Result<Tensor> {
+fn whole(
+    strategy: &mut dyn Strategy,
+    newest: &Newest<'_>,
+    divisor: &dyn Fn(u64) -> f64,
+    last: bool,
+    laps: &mut dyn Laps,
+) -> Result<Tensor> {
     let Loss { mean, targets } = newest.loss()?;
     let loss = scaled(&mean, divisor(targets))?;
     let one = torch::tch_result("backward pass", loss.f_ones_like())?;
+    laps.backward_begins(last)?;
     strategy.begin(last)?;
     torch::backward_from(&[&loss], &[&one])?;
     strategy.end(last)?;
+    laps.backward_ends()?;
     Ok(loss.detach())
 }
 
@@ -126,6 +155,7 @@ fn by_blocks(
     keep: usize,
     divisor: f64,
     last: bool,
+    laps: &mut dyn Laps,
 ) -> Result<Tensor> {
     let blocks = model.blocks();
     let first = first_trained(model);
@@ -147,6 +177,7 @@ fn by_blocks(
 
     strategy.enter(Stage::Head, before(Stage::Head, blocks, first))?;
     let loss = scaled(&model.head_loss(x.shallow_clone(), targets)?, divisor)?;
+    laps.backward_begins(last)?;
     strategy.begin(last)?;
     let (mut gradient, tied) = head_gradients(strategy, model, &loss, &x)?;
     let loss = loss.detach();
@@ -179,6 +210,7 @@ fn by_blocks(
         strategy.close(Stage::Embed)?;
     }
     strategy.end(last)?;
+    laps.backward_ends()?;
     Ok(loss)
 }
 

@@ -13,7 +13,7 @@ use super::{
     ALL_LINEAR, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, LoraConfig,
     Machine, ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig,
     Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule,
-    TrainConfig, TrainTask, early_stopping, error::Origin, own, raw::Raw, text, workers_per_node,
+    TrainConfig, TrainTask, caps, early_stopping, error::Origin, own, raw::Raw, text, workers_per_node,
 };
 use crate::error::{Error, Kind};
 
@@ -126,6 +126,7 @@ pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
         },
         checkpoint: checkpoint(&raw)?,
         notice: notice(&raw, sources.working_directory)?,
+        run: caps::read(&raw)?,
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
         restart: restart(&raw)?,
         storage: storage(&raw)?,
@@ -193,6 +194,7 @@ pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> R
         },
         checkpoint: checkpoint(raw)?,
         notice: notice(raw, working_directory)?,
+        run: caps::read(raw)?,
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
         restart: restart(raw)?,
         storage: storage(raw)?,

@@ -5,6 +5,7 @@
 mod support;
 
 mod boot;
+mod caps;
 mod chats;
 mod crash;
 mod damage;

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     config::{
-        Cadence, CheckpointConfig, CompleteAction, DataConfig, Keep, ModelConfig, ModelKind, NetworkConfig,
+        Cadence, CapsConfig, CheckpointConfig, CompleteAction, DataConfig, Keep, ModelConfig, ModelKind, NetworkConfig,
         NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig,
         ScheduleKind, StorageConfig, Strategy, TrainConfig, TrainTask,
     },
@@ -132,6 +132,7 @@ pub fn config() -> RunConfig {
             price_per_gib_month: 0.023,
         },
         notice: NoticeConfig { sources: vec![], ..NoticeConfig::default() },
+        run: CapsConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 1, same_step: 1, backoff: std::time::Duration::ZERO, hang: None },
         storage: STORAGE,

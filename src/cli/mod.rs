@@ -53,6 +53,7 @@ Exit codes:
   77  permission denied
   78  wrong configuration
   79  another writer has this run
+  80  at its cap (run.max_hours, run.max_wait_hours, run.max_cost)
 
 TRAINER_LOG filters the log on standard error: debug, or trainer::agent=trace,warn.";
 

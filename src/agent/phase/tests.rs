@@ -382,7 +382,7 @@ fn a_notice_meets_a_failed_save_and_all_is_saved_all_the_same() {
     assert_eq!(list(&rig.feed(saved(10, 0))), "idle, hold 10, report checkpoint, hush, upload 13, busy");
     let effects = rig.pass(11.0).feed(saved(13, 1));
     assert_eq!(list(&effects), "idle, hold 13, report checkpoint");
-    let Some(Ok(End::Stopped(Stopped { step: Step(13), committed: Step(13), verdict, drain: Some(drain) }))) =
+    let Some(Ok(End::Stopped(Stopped { step: Step(13), committed: Step(13), verdict, drain: Some(drain), .. }))) =
         effects.end()
     else {
         panic!("{effects:?}")

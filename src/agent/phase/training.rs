@@ -251,6 +251,7 @@ impl Training {
             committed: self.scheduler.committed(),
             verdict: verdict.into(),
             drain: planned.and_then(|planned| self.timeline.story(planned)),
+            cap: None,
         })
     }
 

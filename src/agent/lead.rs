@@ -479,7 +479,7 @@ fn log(line: Log) {
         Log::Built { device, parameters, workers } => tracing::info!(device, parameters, workers, "model built"),
         Log::Chosen(Choice { mode, overlap_s, blocking_s, copy_s }) => {
             let how = match mode {
-                CaptureMode::Overlap => "captures run beside the next step",
+                CaptureMode::Overlap | CaptureMode::Hasty => "captures run beside the next step",
                 CaptureMode::Blocking => "captures hold the loop up",
             };
             match blocking_s {

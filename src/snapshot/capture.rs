@@ -41,6 +41,8 @@ struct Slot {
 #[derive(Debug)]
 pub struct Capture {
     copier: HostCopier,
+    /// Threads that compete with those that train; made when they are first wanted.
+    brisk: Option<HostCopier>,
     slots: Vec<Slot>,
     parts: Vec<Source>,
     running: Option<(u8, CopyTicket<ImageChunk>)>,
@@ -81,12 +83,13 @@ impl Capture {
         let pages = pages_of(&ranges, page_size());
         let slots = slots.iter().zip(0..);
         let open = |(slot, number)| open(slot, &ranges, &pages).context(format!("map slot {number}"));
-        Ok(Self { copier, slots: slots.map(open).collect::<Result<_>>()?, parts, running: None })
+        Ok(Self { copier, brisk: None, slots: slots.map(open).collect::<Result<_>>()?, parts, running: None })
     }
 
     /// Starts copying the state as it is now into `slot`. `done` is called with the copy time, on a copy thread. The
-    /// tensors must not change before [`Capture::wait`] returns.
-    pub fn start(&mut self, slot: u8, done: impl FnOnce(Duration) + Send + 'static) -> Result<()> {
+    /// tensors must not change before [`Capture::wait`] returns. `hasty`: the threads that copy on a CPU do not yield to
+    /// others.
+    pub fn start(&mut self, slot: u8, hasty: bool, done: impl FnOnce(Duration) + Send + 'static) -> Result<()> {
         self.wait()?;
         let destination = self
             .slots
@@ -99,7 +102,11 @@ impl Capture {
             offset: part.offset,
             len: part.len,
         });
-        let ticket = self.copier.start(destination, jobs.collect(), done)?;
+        if hasty && self.copier.is_yielding() && self.brisk.is_none() {
+            self.brisk = Some(HostCopier::new(1, false)?);
+        }
+        let copier = self.brisk.as_ref().filter(|_| hasty).unwrap_or(&self.copier);
+        let ticket = copier.start(destination, jobs.collect(), done)?;
         self.running = Some((slot, ticket));
         Ok(())
     }
@@ -225,7 +232,7 @@ mod tests {
             })
             .collect();
         for rank in &mut ranks {
-            rank.start(1, |_| ()).unwrap();
+            rank.start(1, false, |_| ()).unwrap();
         }
         for rank in &mut ranks {
             assert!(rank.wait().unwrap().is_some());
@@ -261,8 +268,8 @@ mod tests {
             assert!(of(copies).is_err(), "{copies:?}");
         }
         let mut capture = Capture::new(&[], &[slot], &tensors, HostCopier::new(1, true).unwrap()).unwrap();
-        assert!(capture.start(1, |_| ()).is_err(), "there is one slot");
-        capture.start(0, |_| ()).unwrap();
+        assert!(capture.start(1, false, |_| ()).is_err(), "there is one slot");
+        capture.start(0, false, |_| ()).unwrap();
         assert!(capture.wait().unwrap().is_some(), "a rank that has nothing to copy has captured, too");
     }
 }

@@ -14,9 +14,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CaptureMode {
-    /// Beside the next forward and backward.
+    /// Beside the next forward and backward, on cores that would be idle.
     #[default]
     Overlap,
+    /// The same, on cores for which it competes with them.
+    Hasty,
     /// While the loop waits.
     Blocking,
 }
@@ -91,7 +93,7 @@ impl Chooser {
     /// Median cost of a save in the current mode, seconds, once it is known.
     pub fn cost_s(&self) -> Option<f64> {
         match self.choice.map(|choice| choice.mode).unwrap_or_default() {
-            CaptureMode::Overlap => median(&self.overlap),
+            CaptureMode::Overlap | CaptureMode::Hasty => median(&self.overlap),
             CaptureMode::Blocking => median(&self.blocking),
         }
     }
@@ -127,7 +129,7 @@ impl Chooser {
             return None;
         }
         let costs = match window.mode {
-            CaptureMode::Overlap => &mut self.overlap,
+            CaptureMode::Overlap | CaptureMode::Hasty => &mut self.overlap,
             CaptureMode::Blocking => &mut self.blocking,
         };
         remember(costs, window.lost_s.max(0.0), TRIALS);

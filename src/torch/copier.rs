@@ -67,13 +67,14 @@ pub struct Copied<D> {
 pub struct HostCopier {
     queue: Arc<Queue>,
     threads: Vec<JoinHandle<()>>,
+    yielding: bool,
 }
 
 impl HostCopier {
     /// Starts `threads` copy threads; at least one. `yielding`: they leave every core to computing threads. This suits
     /// the CPU; on a GPU the one thread that issues the copies does almost nothing itself.
     pub fn new(threads: usize, yielding: bool) -> Result<Self> {
-        let mut copier = Self { queue: Arc::default(), threads: Vec::new() };
+        let mut copier = Self { queue: Arc::default(), threads: Vec::new(), yielding };
         for index in 0..threads.max(1) {
             let queue = Arc::clone(&copier.queue);
             let builder = std::thread::Builder::new().name(format!("copy-{index}"));
@@ -86,6 +87,11 @@ impl HostCopier {
             copier.threads.push(builder.spawn(serve).map_err(TorchError::Thread)?);
         }
         Ok(copier)
+    }
+
+    /// Whether its threads leave every core to computing threads.
+    pub const fn is_yielding(&self) -> bool {
+        self.yielding
     }
 
     /// Starts copying `jobs` into `destination` and returns at once.

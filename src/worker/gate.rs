@@ -11,7 +11,7 @@
 
 use std::sync::{
     Condvar, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
 };
 
 use crate::{config::MAX_STEPS, ids::Step, protocol::SaveOrder, snapshot::mode::CaptureMode};
@@ -48,6 +48,17 @@ pub struct Save {
     pub compare: bool,
 }
 
+const MODES: [CaptureMode; 3] = [CaptureMode::Overlap, CaptureMode::Hasty, CaptureMode::Blocking];
+
+/// A mode in an atomic number.
+const fn number_of(mode: CaptureMode) -> u8 {
+    match mode {
+        CaptureMode::Overlap => 0,
+        CaptureMode::Hasty => 1,
+        CaptureMode::Blocking => 2,
+    }
+}
+
 /// The meeting point of the train loop (one thread) and the control thread (another).
 #[derive(Debug)]
 pub struct StepGate {
@@ -56,7 +67,7 @@ pub struct StepGate {
     stop_after: AtomicU64,
     save_at: [AtomicU64; 2],
     /// These two are written before, and read after, the slot's step.
-    blocking: [AtomicBool; 2],
+    mode: [AtomicU8; 2],
     compare: [AtomicBool; 2],
     /// The step whose measured state is known to be no reason to stop, plus 1; 0: none is.
     proceeds: AtomicU64,
@@ -72,7 +83,7 @@ impl StepGate {
             state: AtomicU64::new(done.get()),
             stop_after: AtomicU64::new(last.get()),
             save_at: [AtomicU64::new(NEVER), AtomicU64::new(NEVER)],
-            blocking: [AtomicBool::new(false), AtomicBool::new(false)],
+            mode: [AtomicU8::new(0), AtomicU8::new(0)],
             compare: [AtomicBool::new(false), AtomicBool::new(false)],
             proceeds: AtomicU64::new(0),
             sleep: Mutex::new(0),
@@ -95,11 +106,10 @@ impl StepGate {
     /// Control thread: replaces all save orders, may bring the end forward, and lets the loop go on.
     pub fn thaw(&self, saves: &[SaveOrder], stop_after: Option<Step>) {
         let mut generation = self.lock();
-        for (slot, ((at, blocking), compare)) in self.save_at.iter().zip(&self.blocking).zip(&self.compare).enumerate()
-        {
+        for (slot, ((at, mode), compare)) in self.save_at.iter().zip(&self.mode).zip(&self.compare).enumerate() {
             let order = saves.iter().find(|order| usize::from(order.slot) == slot);
             compare.store(order.is_some_and(|order| order.compare), Ordering::Release);
-            blocking.store(order.is_some_and(|order| order.mode == CaptureMode::Blocking), Ordering::Release);
+            mode.store(order.map_or(0, |order| number_of(order.mode)), Ordering::Release);
             at.store(order.map_or(NEVER, |order| order.step.get()), Ordering::Release);
         }
         if let Some(step) = stop_after {
@@ -186,9 +196,9 @@ impl StepGate {
     }
 
     fn save_into(&self, slot: u8) -> Save {
-        let blocking = self.blocking[usize::from(slot)].load(Ordering::Acquire);
+        let mode = self.mode[usize::from(slot)].load(Ordering::Acquire);
         let compare = self.compare[usize::from(slot)].load(Ordering::Acquire);
-        Save { slot, mode: if blocking { CaptureMode::Blocking } else { CaptureMode::Overlap }, compare }
+        Save { slot, mode: MODES.into_iter().find(|known| number_of(*known) == mode).unwrap_or_default(), compare }
     }
 
     /// Train loop, after the end: waits for an order to save the last step, which may come when a slot gets free.
@@ -286,12 +296,14 @@ mod tests {
 
     #[test]
     fn an_order_says_whether_the_loop_waits_for_the_copy_and_compares() {
-        let gate = StepGate::new(Step(0), Step(9));
-        let compare = true;
-        gate.thaw(&[SaveOrder { mode: CaptureMode::Blocking, compare, ..order(1, 1) }, order(2, 0)], None);
-        gate.enter(Step(0));
-        assert_eq!(gate.enter(Step(1)).save, Some(Save { slot: 1, mode: CaptureMode::Blocking, compare }));
-        assert_eq!(gate.enter(Step(2)).save, into(0));
+        for mode in MODES {
+            let gate = StepGate::new(Step(0), Step(9));
+            let compare = true;
+            gate.thaw(&[SaveOrder { mode, compare, ..order(1, 1) }, order(2, 0)], None);
+            gate.enter(Step(0));
+            assert_eq!(gate.enter(Step(1)).save, Some(Save { slot: 1, mode, compare }));
+            assert_eq!(gate.enter(Step(2)).save, into(0));
+        }
     }
 
     #[test]

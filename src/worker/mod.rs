@@ -171,11 +171,11 @@ impl Worker {
         self.finish_capture()?;
         self.training.settle()?;
         let fingerprint = if compare { self.fingerprint()? } else { None };
-        self.capture.start(slot, move |copy| {
+        self.capture.start(slot, mode == CaptureMode::Hasty, move |copy| {
             link.tell(&FromWorker::Captured { step, slot, copy_s: copy.as_secs_f64(), fingerprint });
         })?;
         match mode {
-            CaptureMode::Overlap => Ok(()),
+            CaptureMode::Overlap | CaptureMode::Hasty => Ok(()),
             CaptureMode::Blocking => self.finish_capture(),
         }
     }

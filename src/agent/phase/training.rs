@@ -383,6 +383,7 @@ impl Training {
         let (step, generation, cost) = (committed.step, committed.generation, committed.cost);
         turn.does(Effect::Busy(false));
         if let Some(change) = self.ledger.committed(&committed, &mut turn.shared.estimates, now) {
+            self.scheduler.set_haste(change.hasty);
             turn.does(Effect::Log(Log::Haste(change)));
         }
         turn.does(Effect::Nodes(Order::Hold { slot, step, generation, checksums }));

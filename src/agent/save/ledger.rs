@@ -282,11 +282,6 @@ impl Ledger {
         Some((upload.sent.min(upload.total), upload.total))
     }
 
-    /// Whether saves compete with training instead of yielding to it.
-    pub const fn is_hasty(&self) -> bool {
-        self.haste.is_hasty()
-    }
-
     /// A save is committed. Returns whether saves yield to training from here on, if that has changed.
     pub fn committed(&mut self, committed: &Committed, estimates: &mut Estimates, now: Moment) -> Option<Change> {
         if let Some(upload) = self.under_way.take() {

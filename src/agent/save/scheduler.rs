@@ -156,6 +156,8 @@ pub struct Scheduler {
     last_order_at: Moment,
     measured: Measured,
     chooser: Chooser,
+    /// Captures compete with training instead of yielding to it.
+    hasty: bool,
     /// A save was under way when the last step ended.
     saving: bool,
     /// The slot that holds the newest checkpoint.
@@ -192,6 +194,7 @@ impl Scheduler {
             last_order_at: now,
             measured,
             chooser: Chooser::default(),
+            hasty: false,
             saving: false,
             newest: setup.held,
             unsaved: false,
@@ -218,6 +221,11 @@ impl Scheduler {
         // Before the loop's whole stall is known, the part of it that is known at once.
         self.measured.save_cost_s = Some(self.chooser.cost_s().unwrap_or(stall_s));
         self.measured.durable_s = Some(durable_s);
+    }
+
+    /// Whether captures that are ordered from here on compete with training.
+    pub fn set_haste(&mut self, hasty: bool) {
+        self.hasty = hasty;
     }
 
     /// The time to copy a snapshot, seconds; the slowest rank's.
@@ -502,7 +510,10 @@ impl Scheduler {
             if self.slots[index] == SlotState::Free
                 && let Some(step) = self.measured(started).or_else(|| self.due(started, now))
             {
-                let mode = self.chooser.mode();
+                let mode = match self.chooser.mode() {
+                    CaptureMode::Overlap if self.hasty => CaptureMode::Hasty,
+                    mode => mode,
+                };
                 self.ordered += 1;
                 let compare = self.setup.ranks > 1 && self.ordered.is_multiple_of(COMPARED);
                 self.slots[index] = SlotState::Ordered { step, captured: BTreeSet::new(), mode, compare };
@@ -1037,6 +1048,16 @@ mod tests {
         );
         assert!(c.captured(Rank(0), 0, Step(10), at(3)).is_empty(), "the other has not copied its part");
         assert_eq!(c.captured(Rank(1), 0, Step(10), at(4)), [Action::Upload { step: Step(10), slot: 0 }]);
+    }
+
+    #[test]
+    fn captures_that_compete_are_ordered_while_saves_are_in_haste() {
+        let mut c = scheduler(Cadence::Steps(10), 0, 100);
+        c.set_haste(true);
+        let modes = |orders: Vec<SaveOrder>| orders.iter().map(|order| order.mode).collect::<Vec<_>>();
+        assert_eq!(modes(c.first_orders(at(0))), [CaptureMode::Hasty; 2]);
+        let mut c = scheduler(Cadence::Steps(10), 0, 100);
+        assert_eq!(modes(c.first_orders(at(0))), [CaptureMode::Overlap; 2]);
     }
 
     #[test]

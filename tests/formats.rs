@@ -58,8 +58,8 @@ fn messages() -> [Vec<u8>; 6] {
         several_nodes: true,
         task: samples::task(),
     };
-    let report =
-        StepReport { step: Step(3), loss: f64::NAN, grad_norm: 1.0, lr: 1e-3, step_s: 0.5, stall_s: 0.0, data_s: 0.0 };
+    let (step, loss, lr) = (Step(3), f64::NAN, 1e-3);
+    let report = StepReport { step, loss, grad_norm: 1.0, lr, step_s: 0.5, ..StepReport::default() };
     let saves = vec![SaveOrder { step: Step(4), slot: 1, mode: CaptureMode::Blocking, compare: true }];
     [
         message(&ToWorker::Start(Box::new(assignment))),

@@ -119,6 +119,7 @@ pub fn config() -> RunConfig {
                 device: crate::config::Device::Auto,
                 bucket_mib: 25,
                 mixed: false,
+                peak_tflops: None,
             },
         },
         checkpoint: CheckpointConfig {

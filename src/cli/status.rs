@@ -15,7 +15,7 @@ use crate::{
     error::{Error, Kind, Result},
     history::{self, Checkpoint, HeldOut, Interruption, Standing},
     ids::{Generation, RunId, Step, WorldSize},
-    journal::{Formation, Outcome, RunState},
+    journal::{Formation, Outcome, RunState, Speed},
     rendezvous::overview::{self, Overview, Sighting},
     report::human,
     storage::Store,
@@ -64,6 +64,9 @@ struct Report<'a> {
     /// The newest checkpoint whose held-out loss was measured, and the one with the lowest.
     #[serde(skip_serializing_if = "Option::is_none")]
     held_out: Option<HeldOut>,
+    /// As last recorded with a checkpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    speed: Option<Recorded>,
     /// From the newest checkpoint to `step`.
     lag_steps: u64,
     checkpoints: usize,
@@ -74,6 +77,53 @@ struct Report<'a> {
     last_activity: Timestamp,
     overrides: Vec<(String, String)>,
     config: RunConfig,
+}
+
+/// How fast the run was.
+#[derive(Debug, Serialize)]
+struct Recorded {
+    /// At this step.
+    step: Step,
+    #[serde(flatten)]
+    speed: Speed,
+}
+
+impl Recorded {
+    /// The newest of the run's current line.
+    fn of(state: &RunState) -> Option<Self> {
+        let committed = state.candidates().into_iter().map(|checkpoint| &checkpoint.committed);
+        let mut found = committed.filter_map(|it| Some(Self { step: it.step, speed: Speed::of(&it.metrics)? }));
+        found.next()
+    }
+
+    fn text(&self) -> String {
+        let Self { step, speed } = self;
+        let share = |seconds: f64| format!("{:.0}%", 100.0 * seconds / speed.step_s.max(1e-9));
+        let mut text = format!(
+            "{} tokens/s at step {step}; of {} a step, data {}, forward {}, backward {}, reduction {}, optimizer {}, \
+             capture {}",
+            human::count(speed.tokens_per_s),
+            human::seconds(speed.step_s),
+            share(speed.data_s),
+            share(speed.forward_s),
+            share(speed.backward_s),
+            share(speed.reduce_s),
+            share(speed.optimizer_s),
+            share(speed.capture_s),
+        );
+        if let Some(mfu) = speed.mfu {
+            text += &format!("; {:.1}% of the devices' peak", 100.0 * mfu);
+        }
+        // Whole bytes.
+        let bytes = |bytes: f64| human::bytes(bytes as u64);
+        if let Some(device) = speed.device_peak_bytes {
+            text += &format!("; at most {} of a GPU", bytes(device));
+        }
+        if let Some(host) = speed.host_peak_bytes {
+            text += &format!("; at most {} of host memory a worker", bytes(host));
+        }
+        text
+    }
 }
 
 impl Status {
@@ -150,6 +200,7 @@ impl<'a> Report<'a> {
             },
             early: history::early(state).map(|early| format!("stopped early: {early}")),
             held_out: HeldOut::of(state),
+            speed: Recorded::of(state),
             generation: state.generation(),
             world_size: state.formed().map(|formed| formed.world_size),
             group: may_have_nodes(state).then(|| overview::overview(state.formed(), seen, now, mixed)).flatten(),
@@ -187,6 +238,9 @@ impl<'a> Report<'a> {
         lines.push(("checkpoint", self.checkpoint_text(now)));
         if let Some(held_out) = &self.held_out {
             lines.push(("held out", held_out.to_string()));
+        }
+        if let Some(speed) = &self.speed {
+            lines.push(("speed", speed.text()));
         }
         let count = human::plural(self.interruptions.len() as u64, "interruption");
         lines.push(("lost", format!("{} in {count}", human::plural(self.lost_steps, "step"))));

@@ -126,7 +126,8 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                     nproc_per_node: None,
                     device: crate::config::Device::Auto,
                     bucket_mib: 25,
-                    mixed: false
+                    mixed: false,
+                    peak_tflops: None,
                 },
             },
             checkpoint: CheckpointConfig {

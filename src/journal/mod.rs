@@ -32,6 +32,7 @@ mod members;
 mod pack;
 mod record;
 mod replay;
+mod speed;
 mod stagnation;
 mod state;
 mod summary;
@@ -55,6 +56,7 @@ pub use error::JournalError;
 pub use log::{Formed, Journal, list_runs};
 pub use record::*;
 pub use replay::{audit, replay};
+pub use speed::{SPEED, Speed};
 pub use stagnation::{EarlyStop, HELD_OUT, Stagnation};
 pub use state::{
     Basis, Checkpoint, CheckpointStatus, Formation, Inconsistent, Interruption, NoticeHeard, Outcome, RunState,

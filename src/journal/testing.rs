@@ -57,6 +57,7 @@ pub(super) fn config() -> RunConfig {
                 device: crate::config::Device::Auto,
                 bucket_mib: 25,
                 mixed: false,
+                peak_tflops: None,
             },
         },
         checkpoint: CheckpointConfig {

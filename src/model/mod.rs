@@ -20,6 +20,7 @@
 
 pub mod decoder;
 mod families;
+pub mod flops;
 mod folder;
 pub mod generate;
 mod init;

@@ -42,8 +42,11 @@ impl Lines {
                     (None, _) => {}
                 }
             }
-            Event::Step { step, loss, lr, grad_norm, tokens_per_s, step_s, stall_s, lag_steps, lag_s, .. } => {
+            Event::Step {
+                step, loss, lr, grad_norm, tokens_per_s, step_s, stall_s, lag_steps, lag_s, spent, ..
+            } => {
                 if self.steps && (step.get() == self.total || self.thinning.let_through(now)) {
+                    let mfu = spent.as_ref().and_then(|spent| spent.mfu);
                     info!(
                         loss = %format_args!("{loss:.4}"),
                         lr = %format_args!("{lr:.2e}"),
@@ -53,6 +56,7 @@ impl Lines {
                         stall_s = %format_args!("{stall_s:.4}"),
                         lag_steps,
                         lag_s = %format_args!("{lag_s:.1}"),
+                        mfu = mfu.map(|mfu| tracing::field::display(format!("{:.1}%", mfu * 100.0))),
                         "step {step}/{}", self.total,
                     );
                 }

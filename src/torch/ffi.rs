@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString, c_char, c_void};
 
 use tch::{Device, Tensor};
 
-use super::{Result, TorchError};
+use super::{DeviceMemory, Result, TorchError};
 
 /// An `at::Tensor`, the pointee of a [`Tensor`].
 #[repr(C)]
@@ -20,7 +20,7 @@ macro_rules! opaque {
         }
     )* };
 }
-opaque!(StoreHandle, GroupHandle, PendingHandle, ReducingHandle, ReducerHandle, MarkHandle);
+opaque!(StoreHandle, GroupHandle, PendingHandle, ReducingHandle, ReducerHandle, MarkHandle, ClockHandle);
 
 #[repr(C)]
 pub(super) struct Facts {
@@ -163,6 +163,15 @@ unsafe extern "C" {
     pub(super) fn trn_mark(device: i32, out: *mut *mut MarkHandle) -> i32;
     pub(super) fn trn_mark_free(mark: *mut MarkHandle) -> i32;
     pub(super) fn trn_copy_after(mark: *mut MarkHandle, runs: *const Run, count: usize) -> i32;
+    pub(super) fn trn_clock_new(device: i32, count: usize, out: *mut *mut ClockHandle) -> i32;
+    pub(super) fn trn_clock_free(clock: *mut ClockHandle) -> i32;
+    pub(super) fn trn_clock_mark(clock: *mut ClockHandle, index: usize) -> i32;
+    pub(super) fn trn_clock_seconds(clock: *const ClockHandle, from: usize, to: usize, out: *mut f64) -> i32;
+    pub(super) fn trn_clock_follow(clock: *mut ClockHandle, leaves: *const *const AtTensor, count: usize) -> i32;
+    pub(super) fn trn_clock_watch(clock: *mut ClockHandle, index: usize) -> i32;
+    pub(super) fn trn_clock_noted(clock: *const ClockHandle, out: *mut i32) -> i32;
+    pub(super) fn trn_device_memory(index: i32, out: *mut DeviceMemory) -> i32;
+    pub(super) fn trn_device_name(index: i32, name: *mut c_char, room: usize, capability: *mut i32) -> i32;
     pub(super) fn trn_pin(memory: *mut c_void, bytes: u64) -> i32;
     pub(super) fn trn_unpin(memory: *mut c_void) -> i32;
 }

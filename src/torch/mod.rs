@@ -15,6 +15,7 @@
 //! ends the process when a collective exceeds its time limit.
 
 mod bytes;
+mod clock;
 mod copier;
 mod copies;
 mod ffi;
@@ -30,6 +31,7 @@ use crate::{
 };
 
 pub use bytes::{Mapped, Pinned, byte_len, load_bytes, store_bytes};
+pub use clock::{Clock, DeviceKind, DeviceMemory, device_kind, device_memory};
 pub use copier::{Copied, CopyJob, CopyTicket, HostCopier};
 pub use copies::{copy_at_use, copy_lookup, leaf_like, with_gradient};
 #[cfg(test)]

@@ -21,6 +21,7 @@
 //! starts the group again. *Cancel:* between two steps, and in [`Training::evaluate`] between two passes.
 #![doc = include_str!("README.md")]
 
+mod activations;
 mod batch;
 mod lesson;
 mod optim;
@@ -29,9 +30,11 @@ mod schedule;
 pub mod state;
 mod step;
 pub mod strategy;
+mod timing;
 
 pub use self::{
     batch::Batches,
     lesson::{Language, Lesson, Own},
     step::{Built, HeldOut, Pass, Place, Training, Update},
+    timing::{Part, Timer},
 };

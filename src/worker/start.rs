@@ -18,6 +18,7 @@ use super::{
     link::{Link, Orders},
     patience::{self, Patience},
     task::Task,
+    usage::Gauge,
 };
 use crate::{
     config::OwnTask,
@@ -106,7 +107,9 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let (link, done, last) = (link.clone(), resume_step, Step(task.train.steps));
     let may_stop_early = task.train.early_stopping.is_some();
     let stalled = Duration::ZERO;
-    let worker = Worker { link, rank, done, last, training, capture, replicated, patience, stalled, may_stop_early };
+    let gauge = Gauge::new(place.device, task.train.precision, task.parallel.peak_tflops, done)?;
+    let worker =
+        Worker { link, rank, done, last, training, capture, replicated, patience, gauge, stalled, may_stop_early };
     Ok((worker, saves, measure))
 }
 

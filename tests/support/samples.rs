@@ -76,6 +76,7 @@ pub fn config() -> RunConfig {
                 device: trainer::config::Device::Auto,
                 bucket_mib: 25,
                 mixed: false,
+                peak_tflops: None,
             },
         },
         checkpoint: CheckpointConfig {

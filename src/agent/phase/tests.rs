@@ -35,7 +35,7 @@ use std::time::Duration;
 const RANKS: [Rank; 2] = [Rank(0), Rank(1)];
 /// Bytes of one save.
 const BYTES: u64 = 1000;
-const OUTLINE: Outline = Outline { workers: 2, last: Step(100), validated_every: None, tokens: 32 };
+const OUTLINE: Outline = Outline { workers: 2, last: Step(100), validated_every: None, tokens: 32, flops: 0 };
 
 /// A machine and its time.
 struct Rig {
@@ -239,8 +239,8 @@ fn fetched() -> Event {
 }
 
 fn report(rank: Rank, step: u64, loss: f64) -> Event {
-    let (lr, step_s, stall_s, data_s) = (1e-3, 1.0, 0.0, 0.0);
-    said(rank, FromWorker::Step(StepReport { step: Step(step), loss, grad_norm: 1.0, lr, step_s, stall_s, data_s }))
+    let report = StepReport { step: Step(step), loss, grad_norm: 1.0, lr: 1e-3, step_s: 1.0, ..StepReport::default() };
+    said(rank, FromWorker::Step(report))
 }
 
 fn finished(rank: Rank, step: u64) -> Event {

@@ -25,6 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Saves that go on failing are reported at least this often.
 const TELL: Duration = Duration::from_secs(300);
 
+/// How often a checkpoint is recorded with the speed of its step.
+const SPEED: Duration = Duration::from_secs(3600);
+
 /// The facts kept about a snapshot until it is committed.
 #[derive(Debug)]
 struct Entry {
@@ -99,6 +102,8 @@ pub struct Ledger {
     /// When a failure was last reported.
     told: Moment,
     last_error: Option<Error>,
+    /// When an upload was last given the speed of its step; `None`: none was.
+    speed_at: Option<Moment>,
     /// Transfers that yielded to all others took too long: they no longer yield.
     starved: bool,
 }
@@ -147,6 +152,7 @@ impl Ledger {
             in_a_row: 0,
             told: now,
             last_error: None,
+            speed_at: None,
             starved: false,
         }
     }
@@ -244,6 +250,12 @@ impl Ledger {
             (kept.taken, kept.cost, kept.figures.clone(), kept.validation_loss);
         if let Some(figures) = &mut figures {
             figures.metrics.extend(kept.held_out.clone());
+            if let Some(speed) =
+                figures.speed.filter(|_| self.speed_at.is_none_or(|at| now.saturating_sub(at) >= SPEED))
+            {
+                figures.metrics.extend(speed.metrics());
+                self.speed_at = Some(now);
+            }
         }
         // Every rank has captured the step, so every rank has reported it.
         let figures =
@@ -323,7 +335,7 @@ mod tests {
     use crate::journal::Metrics;
 
     fn figures(loss: f64) -> Figures {
-        Figures { loss: Some(loss), metrics: Metrics::new() }
+        Figures { loss: Some(loss), ..Figures::default() }
     }
 
     #[test]
@@ -424,7 +436,7 @@ mod tests {
     #[test]
     fn a_snapshot_takes_its_steps_figures_along_and_needs_no_loss() {
         let mut saves = Ledger::begin(Moment::ZERO);
-        let figures = Figures { loss: None, metrics: [("accuracy".to_owned(), 0.25)].into() };
+        let figures = Figures { loss: None, metrics: [("accuracy".to_owned(), 0.25)].into(), speed: None };
         saves.finished(Step(4), figures.clone());
         assert_eq!(saves.upload(Step(4), 0, false, 100, Moment::ZERO).unwrap().figures, figures);
         assert_eq!(saves.loss(Step(4)), None);

@@ -53,20 +53,23 @@ pub trait Stages {
     }
 }
 
-/// One pass over the newest batch: adds to the gradients, those of its loss divided by `divisor` of its targets. Returns
-/// that loss.
-pub fn pass(
-    strategy: &mut dyn Strategy,
-    newest: &Newest<'_>,
-    graph: Graph,
-    divisor: &dyn Fn(u64) -> f64,
-    last: bool,
-) -> Result<Tensor> {
-    match (newest, graph) {
-        (_, Graph::Whole) => whole(strategy, newest, divisor, last),
-        (Newest::Language { model, batch }, Graph::Blocks { keep }) => {
-            by_blocks(strategy, *model, batch, keep, divisor(batch.targets.count()), last)
-        }
+/// One pass of a rank in a step.
+pub struct Turn<'a> {
+    /// What it keeps for its backward pass.
+    pub graph: Graph,
+    /// What its mean loss is divided by, given the number of its targets.
+    pub divisor: &'a dyn Fn(u64) -> f64,
+    /// Whether it is the rank's last one of the step.
+    pub last: bool,
+    /// Called between the forward and the backward pass.
+    pub halfway: &'a mut dyn FnMut() -> Result<(), TorchError>,
+}
+
+/// One pass over the newest batch: adds to the gradients, those of its loss divided by the divisor. Returns that loss.
+pub fn pass(strategy: &mut dyn Strategy, newest: &Newest<'_>, turn: Turn<'_>) -> Result<Tensor> {
+    match (newest, turn.graph) {
+        (_, Graph::Whole) => whole(strategy, newest, turn),
+        (Newest::Language { model, batch }, Graph::Blocks { keep }) => by_blocks(strategy, *model, batch, keep, turn),
         (Newest::Own(_), Graph::Blocks { .. }) => Err(no_blocks()),
     }
 }
@@ -76,10 +79,12 @@ fn no_blocks() -> Error {
     Error::new(Kind::Config, "a task has no blocks: train.activations = \"block\" and \"shard\" need a language model")
 }
 
-fn whole(strategy: &mut dyn Strategy, newest: &Newest<'_>, divisor: &dyn Fn(u64) -> f64, last: bool) -> Result<Tensor> {
+fn whole(strategy: &mut dyn Strategy, newest: &Newest<'_>, turn: Turn<'_>) -> Result<Tensor> {
+    let Turn { divisor, last, halfway, .. } = turn;
     let Loss { mean, targets } = newest.loss()?;
     let loss = scaled(&mean, divisor(targets))?;
     let one = torch::tch_result("backward pass", loss.f_ones_like())?;
+    halfway()?;
     strategy.begin(last)?;
     torch::backward_from(&[&loss], &[&one])?;
     strategy.end(last)?;
@@ -124,9 +129,9 @@ fn by_blocks(
     model: &dyn Model,
     Batch { inputs, targets, spans }: &Batch,
     keep: usize,
-    divisor: f64,
-    last: bool,
+    turn: Turn<'_>,
 ) -> Result<Tensor> {
+    let Turn { divisor, last, halfway, .. } = turn;
     let blocks = model.blocks();
     let first = first_trained(model);
     let learns_before = |stage| first.is_some_and(|first| first < stage);
@@ -146,7 +151,8 @@ fn by_blocks(
     }
 
     strategy.enter(Stage::Head, before(Stage::Head, blocks, first))?;
-    let loss = scaled(&model.head_loss(x.shallow_clone(), targets)?, divisor)?;
+    let loss = scaled(&model.head_loss(x.shallow_clone(), targets)?, divisor(targets.count()))?;
+    halfway()?;
     strategy.begin(last)?;
     let (mut gradient, tied) = head_gradients(strategy, model, &loss, &x)?;
     let loss = loss.detach();

@@ -141,7 +141,8 @@ fn train(case: &Case, group: Option<ProcessGroup>) -> Trained {
             strategy.settle().unwrap();
             let newest = Newest::Language { model: model.as_ref(), batch: &batch };
             let divisor = |count| divisor(targets(case), count, world);
-            let loss = stages::pass(strategy.as_mut(), &newest, graph, &divisor, last).unwrap();
+            let turn = stages::Turn { graph, divisor: &divisor, last, halfway: &mut || Ok(()) };
+            let loss = stages::pass(strategy.as_mut(), &newest, turn).unwrap();
             assert!(!loss.requires_grad());
             sum += to_f64(&loss).unwrap();
         }

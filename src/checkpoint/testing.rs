@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     config::{
-        Cadence, CheckpointConfig, CompleteAction, DataConfig, Keep, ModelConfig, ModelKind, NetworkConfig,
+        Cadence, CapsConfig, CheckpointConfig, CompleteAction, DataConfig, Keep, ModelConfig, ModelKind, NetworkConfig,
         NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig,
         ScheduleKind, StorageConfig, Strategy, TrainConfig, TrainTask,
     },
@@ -103,6 +103,8 @@ pub fn config() -> RunConfig {
                 precision: Precision::Fp32,
                 activations: crate::config::Activations::Keep,
                 threads: 1,
+                fused: false,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 3e-4,
                     betas: [0.9, 0.95],
@@ -130,6 +132,7 @@ pub fn config() -> RunConfig {
             price_per_gib_month: 0.023,
         },
         notice: NoticeConfig { sources: vec![], ..NoticeConfig::default() },
+        run: CapsConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 1, same_step: 1, backoff: std::time::Duration::ZERO, hang: None },
         storage: STORAGE,

@@ -11,9 +11,9 @@ use super::{
     nodes, output, store,
 };
 use crate::{
-    config::{self, Cadence, RunConfig, TrainTask},
+    config::{self, Cadence, CapsConfig, RunConfig, TrainTask},
     error::{Error, Kind, Result},
-    history::{self, Checkpoint, HeldOut, Interruption, Standing},
+    history::{self, Checkpoint, HeldOut, Interruption, Standing, spent::Spent},
     ids::{Generation, RunId, Step, WorldSize},
     journal::{Formation, Outcome, RunState, Speed},
     rendezvous::overview::{self, Overview, Sighting},
@@ -52,6 +52,12 @@ struct Report<'a> {
     /// Why the run is complete before its last step.
     #[serde(skip_serializing_if = "Option::is_none")]
     early: Option<String>,
+    /// The cap that it has reached, and what lets it go on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cap: Option<String>,
+    /// What it has taken so far, of what its caps allow.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    spent: Vec<String>,
     generation: Generation,
     world_size: Option<WorldSize>,
     /// Of a run with several nodes.
@@ -176,7 +182,9 @@ fn may_have_nodes(state: &RunState) -> bool {
     match Standing::of(state) {
         Standing::Completed | Standing::Failed => false,
         Standing::Created => true,
-        Standing::InProgress | Standing::Interrupted => state.formed().is_some_and(Formation::is_of_several),
+        Standing::InProgress | Standing::Interrupted | Standing::Capped => {
+            state.formed().is_some_and(Formation::is_of_several)
+        }
     }
 }
 
@@ -198,6 +206,8 @@ impl<'a> Report<'a> {
                 Outcome::Failed { reason, .. } => Some(reason),
                 Outcome::Open | Outcome::Completed { .. } => None,
             },
+            cap: state.capped().map(|cap| format!("{cap}; to go on: trainer resume with {}", cap.remedy())),
+            spent: spent(state, &config, now),
             early: history::early(state).map(|early| format!("stopped early: {early}")),
             held_out: HeldOut::of(state),
             speed: Recorded::of(state),
@@ -244,6 +254,7 @@ impl<'a> Report<'a> {
         }
         let count = human::plural(self.interruptions.len() as u64, "interruption");
         lines.push(("lost", format!("{} in {count}", human::plural(self.lost_steps, "step"))));
+        lines.extend(self.spent.iter().map(|spent| ("spent", spent.clone())));
         for (key, value) in &self.overrides {
             lines.push(("changed", format!("{key} = {value}")));
         }
@@ -266,7 +277,7 @@ impl<'a> Report<'a> {
 
     fn state_text(&self, now: Timestamp) -> String {
         let when = human::ago(self.last_activity, now);
-        match (self.state, self.failure.or(self.early.as_deref())) {
+        match (self.state, self.failure.or(self.early.as_deref()).or(self.cap.as_deref())) {
             (Standing::InProgress, _) => format!("in progress, last heard of {when}"),
             (state, Some(reason)) => format!("{} {when}: {reason}", state.word()),
             (state, None) => format!("{} {when}", state.word()),
@@ -286,6 +297,14 @@ impl<'a> Report<'a> {
             ),
         }
     }
+}
+
+/// What a run has taken so far, if it has caps or a price. A run that goes on takes more than its journal shows yet.
+fn spent(state: &RunState, config: &RunConfig, now: Timestamp) -> Vec<String> {
+    // A run that is over waits for nobody.
+    let ended = matches!(Standing::of(state), Standing::Completed | Standing::Failed);
+    let now = if ended { state.last_activity().0 } else { now };
+    if config.run == CapsConfig::default() { Vec::new() } else { Spent::of(state, now).lines(&config.run) }
 }
 
 fn saving(every: Cadence) -> String {

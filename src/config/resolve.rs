@@ -13,7 +13,7 @@ use super::{
     ALL_LINEAR, Activations, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep,
     LoraConfig, Machine, ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig,
     ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy,
-    TokenizerRule, TrainConfig, TrainTask, early_stopping, error::Origin, own, raw::Raw, text, workers_per_node,
+    TokenizerRule, TrainConfig, TrainTask, caps, early_stopping, error::Origin, own, raw::Raw, text, workers_per_node,
 };
 use crate::{
     error::{Error, Kind},
@@ -132,6 +132,7 @@ pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
         },
         checkpoint: checkpoint(&raw)?,
         notice: notice(&raw, sources.working_directory)?,
+        run: caps::read(&raw)?,
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
         restart: restart(&raw)?,
         storage: storage(&raw)?,
@@ -199,6 +200,7 @@ pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> R
         },
         checkpoint: checkpoint(raw)?,
         notice: notice(raw, working_directory)?,
+        run: caps::read(raw)?,
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
         restart: restart(raw)?,
         storage: storage(raw)?,
@@ -436,6 +438,8 @@ fn train(raw: &Raw, auto_threads: Option<u32>) -> Result<TrainConfig, ConfigErro
         precision: raw.choice("train.precision", PRECISIONS)?,
         activations: raw.choice("train.activations", ACTIVATIONS)?,
         threads,
+        fused: raw.flag("train.fused")?,
+        deterministic: raw.flag("train.deterministic")?,
         optimizer: OptimizerConfig {
             lr: raw.number("train.optimizer.lr", |n| n > 0.0, "a number above 0")?,
             betas: raw.numbers("train.optimizer.betas", share, "two numbers, each at least 0 and below 1")?,

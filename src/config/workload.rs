@@ -169,6 +169,13 @@ pub struct TrainConfig {
     pub activations: Activations,
     /// Compute threads of one worker on a CPU. Part of the mathematics: sums are split over threads.
     pub threads: u32,
+    /// Whether functions of one pass replace LibTorch's operations where the device has them: the same up to rounding.
+    /// Stored only if so, because the runs of earlier versions keep their digits.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fused: bool,
+    /// Whether operations give the same bits each time. Stored only if they need not.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub deterministic: bool,
     /// The optimizer.
     pub optimizer: OptimizerConfig,
     /// The learning-rate schedule.
@@ -181,6 +188,15 @@ pub struct TrainConfig {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 const fn is_none(count: &u32) -> bool {
     *count == 0
+}
+
+const fn yes() -> bool {
+    true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+const fn is_yes(flag: &bool) -> bool {
+    *flag
 }
 
 /// Arithmetic of forward and backward.

@@ -24,6 +24,7 @@
 //! that a failed `committed` names must not be deleted without asking the journal again.
 
 mod admit;
+mod cap;
 mod checkpoints;
 mod doubt;
 mod error;
@@ -50,6 +51,7 @@ mod summary_tests;
 mod testing;
 
 pub use admit::{Refusal, admit, fenced};
+pub use cap::{Cap, Reached};
 pub use checkpoints::Checkpoints;
 pub use doubt::Clearance;
 pub use error::JournalError;

@@ -41,6 +41,8 @@ pub(super) fn config() -> RunConfig {
                 precision: Precision::Fp32,
                 activations: crate::config::Activations::Keep,
                 threads: 1,
+                fused: false,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 1e-3,
                     betas: [0.9, 0.95],
@@ -68,6 +70,7 @@ pub(super) fn config() -> RunConfig {
             price_per_gib_month: 0.023,
         },
         notice: NoticeConfig::default(),
+        run: CapsConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_secs(1), hang: None },
         storage: settings(),
@@ -155,6 +158,7 @@ pub(super) fn interrupted(generation: u64) -> Record {
         lost_steps: 2,
         verdict: "no time".into(),
         drain: None,
+        cap: None,
     }
 }
 

@@ -218,6 +218,9 @@ pub enum Event {
         step: Step,
         /// Steps that will be done again.
         lost_steps: u64,
+        /// The cap that the run has reached, if that is why: what was used, and the setting.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        cap: Option<String>,
     },
     /// The last step is committed.
     Completed {

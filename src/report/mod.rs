@@ -252,7 +252,7 @@ mod tests {
                 reason: "28.5 s left".into(),
             },
             Event::Dropped { steps: 12, others: 1 },
-            Event::Interrupted { step: Step(6), lost_steps: 0 },
+            Event::Interrupted { step: Step(6), lost_steps: 0, cap: None },
             Event::Completed { step: Step(9), loss: Some(1.25), early: None },
         ]
     }

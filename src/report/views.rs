@@ -132,9 +132,15 @@ impl Lines {
                 human::plain(reason),
                 human::seconds(*backoff_s),
             ),
-            Event::Interrupted { step, lost_steps: 0 } => warn!("interrupted after step {step}, nothing is lost"),
-            Event::Interrupted { step, lost_steps } => {
-                warn!("interrupted after step {step}, {} lost", human::plural(*lost_steps, "step"));
+            Event::Interrupted { step, lost_steps, cap } => {
+                let lost = match lost_steps {
+                    0 => "nothing is lost".to_owned(),
+                    lost => format!("{} lost", human::plural(*lost, "step")),
+                };
+                match cap {
+                    Some(cap) => warn!("stopped at its cap after step {step}, {lost}: {cap}"),
+                    None => warn!("interrupted after step {step}, {lost}"),
+                }
             }
             Event::Completed { step, early: Some(why), .. } => info!("stopped early after step {step}: {why}"),
             Event::Completed { step, loss: Some(loss), .. } => {

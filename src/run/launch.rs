@@ -9,7 +9,7 @@ use crate::{
     config::{CompleteAction, RunConfig, Strategy},
     error::{Error, Kind, Result},
     ids::{RunId, Step},
-    journal::RunState,
+    journal::{Reached, RunState},
     rendezvous::policy::{self, ending::Wait},
     report::Reporter,
     storage::Store,
@@ -191,7 +191,7 @@ pub struct OnComplete {
 }
 
 /// How a run ended, if it ended well.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
     /// The last step is committed.
     Completed {
@@ -204,6 +204,15 @@ pub enum Outcome {
     Interrupted {
         /// Finished steps that no checkpoint holds.
         lost_steps: u64,
+    },
+    /// It has reached a cap; a higher one lets it go on.
+    Capped {
+        /// The cap.
+        cap: Reached,
+        /// Finished steps that no checkpoint holds.
+        lost_steps: u64,
+        /// What to do with this machine then: as after the last step.
+        then: OnComplete,
     },
 }
 

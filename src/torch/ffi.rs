@@ -71,11 +71,43 @@ unsafe extern "C" {
         tokens: *const AtTensor,
         out: *mut *mut AtTensor,
     ) -> i32;
-    pub(super) fn trn_with_gradient(
+    pub(super) fn trn_with_gradients(
         loss: *const AtTensor,
+        hidden: *const AtTensor,
+        hidden_gradient: *const AtTensor,
         leaf: *const AtTensor,
-        gradient: *const AtTensor,
+        leaf_gradient: *const AtTensor,
         divisor: f64,
+        direct: i32,
+        out: *mut *mut AtTensor,
+    ) -> i32;
+    pub(super) fn trn_fused_levels(out: *mut u64) -> i32;
+    pub(super) fn trn_fused_use_level(level: u64) -> i32;
+    pub(super) fn trn_fused_rms_norm(
+        x: *const AtTensor,
+        weight: *const AtTensor,
+        eps: f64,
+        plus_one: i32,
+        out: *mut *mut AtTensor,
+    ) -> i32;
+    pub(super) fn trn_fused_rotate(
+        x: *const AtTensor,
+        cos: *const AtTensor,
+        sin: *const AtTensor,
+        out: *mut *mut AtTensor,
+    ) -> i32;
+    pub(super) fn trn_fused_gate(gate: *const AtTensor, up: *const AtTensor, act: i32, out: *mut *mut AtTensor) -> i32;
+    pub(super) fn trn_fused_linear(
+        x: *const AtTensor,
+        leaf: *const AtTensor,
+        values: *const AtTensor,
+        bias: *const AtTensor,
+        out: *mut *mut AtTensor,
+    ) -> i32;
+    pub(super) fn trn_fused_cross_entropy(
+        scores: *const AtTensor,
+        targets: *const AtTensor,
+        gradient: i32,
         out: *mut *mut AtTensor,
     ) -> i32;
     pub(super) fn trn_set_num_threads(threads: i32) -> i32;

@@ -19,6 +19,7 @@ mod clock;
 mod copier;
 mod copies;
 mod ffi;
+pub mod fused;
 mod group;
 mod optim;
 mod reducer;
@@ -33,7 +34,7 @@ use crate::{
 pub use bytes::{Mapped, Pinned, byte_len, load_bytes, store_bytes};
 pub use clock::{Clock, DeviceKind, DeviceMemory, device_kind, device_memory};
 pub use copier::{Copied, CopyJob, CopyTicket, HostCopier};
-pub use copies::{copy_at_use, copy_lookup, leaf_like, with_gradient};
+pub use copies::{Known, copy_at_use, copy_lookup, leaf_like, with_gradients};
 #[cfg(test)]
 pub(crate) use group::tests::{LIMIT, ranks};
 pub use group::{Backend, Pending, ProcessGroup, Reducing, Store};

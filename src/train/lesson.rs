@@ -14,7 +14,10 @@ use crate::{
     model::{self, Batch, BuildSettings, Leaves, Model},
     protocol::HeldOutSum,
     task::{Arithmetic, Learner, Opened},
-    torch,
+    torch::{
+        self,
+        fused::{self, Verified},
+    },
 };
 
 /// The loss of a batch.
@@ -122,7 +125,15 @@ impl Language {
             None => model::build(model.kind, &model.config, &settings),
             Some(lora) => model::lora::build(model.kind, &model.config, &settings, lora),
         };
-        Ok(Self { model: model.context("build model")?, batches })
+        let mut model = model.context("build model")?;
+        if train.fused {
+            let Verified { fused, left_out } = fused::verified(place.device);
+            for problem in left_out {
+                tracing::warn!("a fused function is left out, LibTorch computes in its place: {problem}");
+            }
+            model.use_fused(*fused);
+        }
+        Ok(Self { model, batches })
     }
 }
 

@@ -9,10 +9,7 @@ use super::{
     lesson::Lesson,
     schedule,
     state::State,
-    strategy::{
-        self, Layout, Peers, Strategy,
-        stages::{self, Turn},
-    },
+    strategy::{self, Layout, Peers, Strategy, stages},
     timing::{Part, Timer},
 };
 use crate::{
@@ -135,14 +132,9 @@ impl Training {
             // The weights are read from here on.
             self.strategy.settle()?;
             self.timer.lap(Part::Optimizer)?;
-            let (timer, divisor) = (&mut self.timer, |targets| config::divisor(step_targets, targets, world));
-            let mut halfway = || {
-                timer.lap(Part::Forward)?;
-                if last { timer.watch_backward() } else { Ok(()) }
-            };
-            let turn = Turn { graph: self.keeper.graph(), divisor: &divisor, last, halfway: &mut halfway };
-            let loss = stages::pass(self.strategy.as_mut(), &self.lesson.newest()?, turn)?;
-            self.timer.lap_backward()?;
+            let divisor = |targets| config::divisor(step_targets, targets, world);
+            let (newest, graph) = (self.lesson.newest()?, self.keeper.graph());
+            let loss = stages::pass(self.strategy.as_mut(), &newest, graph, &divisor, last, &mut self.timer)?;
             total = Some(match total {
                 None => loss,
                 Some(sum) => torch::tch_result("sum losses", sum.f_add(&loss))?,
@@ -326,6 +318,8 @@ mod tests {
                 precision,
                 activations: config::Activations::Keep,
                 threads: 1,
+                fused: true,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 1e-2,
                     betas: [0.9, 0.95],

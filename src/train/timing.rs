@@ -9,6 +9,7 @@
 
 use tch::{Device, Tensor};
 
+use super::strategy::stages::Laps;
 use crate::{
     protocol::Split,
     torch::{Clock, TorchError},
@@ -136,6 +137,17 @@ impl Timer {
             }
         }
         Ok((clock.seconds(0, parts.len())?, split))
+    }
+}
+
+impl Laps for Timer {
+    fn backward_begins(&mut self, last: bool) -> Result<(), TorchError> {
+        self.lap(Part::Forward)?;
+        if last { self.watch_backward() } else { Ok(()) }
+    }
+
+    fn backward_ends(&mut self) -> Result<(), TorchError> {
+        self.lap_backward()
     }
 }
 

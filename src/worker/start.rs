@@ -49,7 +49,7 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let Task { config: task, data_dir, data, base } = Task::read(task)?;
     torch::set_num_threads(task.train.threads)?;
     torch::set_interop_threads(1)?;
-    torch::set_deterministic(true)?;
+    torch::set_deterministic(task.train.deterministic)?;
 
     // Rank 0 listens before it does anything slow, so that its peers need not try again.
     let served = if world.get() > 1 && rank == Rank(0) { Some(listen(link, store, limit)?) } else { None };

@@ -8,7 +8,8 @@
 //!
 //! | strategy, precision | every rank | only rank r |
 //! |---|---|---|
-//! | single, ddp | `<name>` F32, `exp_avg.<name>`, `exp_avg_sq.<name>` | |
+//! | single, ddp, fp32 | `<name>` F32, `exp_avg.<name>`, `exp_avg_sq.<name>` | |
+//! | single, ddp, bf16, if the model needs rounded weights only | `<name>` BF16, those two, `master.<name>` F32 | |
 //! | zero1, fp32 | `<name>` F32 | its slices of `exp_avg.<name>`, `exp_avg_sq.<name>` |
 //! | zero1, bf16 | `<name>` BF16 | those, and its slices of `master.<name>`: the fp32 weights |
 //! | shard, fp32 | | its elements of `<name>` F32, its slices of `exp_avg.<name>`, `exp_avg_sq.<name>` |

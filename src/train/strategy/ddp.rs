@@ -10,7 +10,7 @@ use super::{
     single::{Replica, Whole},
 };
 use crate::{
-    config::OptimizerConfig,
+    config::{OptimizerConfig, Precision},
     error::Result,
     ids::Step,
     model::Leaves,
@@ -18,8 +18,12 @@ use crate::{
     train::state::State,
 };
 
-pub(super) fn lay_out(model: &dyn Leaves, buckets: Buckets) -> Result<(State, Box<dyn Layout>)> {
-    let (state, replica) = Replica::lay_out(model)?;
+pub(super) fn lay_out(
+    model: &mut dyn Leaves,
+    buckets: Buckets,
+    precision: Precision,
+) -> Result<(State, Box<dyn Layout>)> {
+    let (state, replica) = Replica::lay_out(model, precision)?;
     Ok((state, Box::new(Unconnected { replica, buckets })))
 }
 

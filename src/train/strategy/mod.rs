@@ -174,8 +174,8 @@ fn choose(
     let adapted = model.parameters().iter().any(Parameter::is_base);
     let precision = if adapted { Precision::Fp32 } else { precision };
     let made = tch::no_grad(|| match wanted {
-        _ if world.get() <= 1 => single::lay_out(model),
-        config::Strategy::Ddp => ddp::lay_out(model, buckets),
+        _ if world.get() <= 1 => single::lay_out(model, precision),
+        config::Strategy::Ddp => ddp::lay_out(model, buckets, precision),
         config::Strategy::Zero1 => zero1::lay_out(model, buckets, precision, rank, world),
         config::Strategy::Shard => shard::lay_out(model, precision, rank, world),
     });

@@ -12,7 +12,8 @@
 //! Same bits: the operations of a stage are those of a pass in one graph, and each is a function of its inputs alone, so
 //! that it gives the same values when it is done again. (A model that drew random numbers would have to draw the same
 //! ones again; none does.) A parameter's gradient is added to once in a pass, by the sum of what its uses give. A tied
-//! embedding has two, at both ends: the head's is held back until the lookup's is there, as autograd does it.
+//! embedding has two, at both ends: the head's is held back until the lookup's is there, as autograd does it; or it is
+//! added at once where the loss would do so in a pass of one graph ([`Model::adds_in_place`]).
 //!
 //! [`Stages`] is what a strategy does between them. All ranks call it in one order, so it may communicate.
 //!
@@ -53,23 +54,41 @@ pub trait Stages {
     }
 }
 
-/// One pass of a rank in a step.
-pub struct Turn<'a> {
-    /// What it keeps for its backward pass.
-    pub graph: Graph,
-    /// What its mean loss is divided by, given the number of its targets.
-    pub divisor: &'a dyn Fn(u64) -> f64,
-    /// Whether it is the rank's last one of the step.
-    pub last: bool,
-    /// Called between the forward and the backward pass.
-    pub halfway: &'a mut dyn FnMut() -> Result<(), TorchError>,
+/// Hears how far a pass has come, to measure its parts.
+pub trait Laps {
+    /// The forward pass has ended and the backward pass begins; `last`: gradients are reduced under it.
+    fn backward_begins(&mut self, last: bool) -> Result<(), TorchError>;
+
+    /// The backward pass has ended.
+    fn backward_ends(&mut self) -> Result<(), TorchError>;
 }
 
-/// One pass over the newest batch: adds to the gradients, those of its loss divided by the divisor. Returns that loss.
-pub fn pass(strategy: &mut dyn Strategy, newest: &Newest<'_>, turn: Turn<'_>) -> Result<Tensor> {
-    match (newest, turn.graph) {
-        (_, Graph::Whole) => whole(strategy, newest, turn),
-        (Newest::Language { model, batch }, Graph::Blocks { keep }) => by_blocks(strategy, *model, batch, keep, turn),
+/// Nobody listens.
+impl Laps for () {
+    fn backward_begins(&mut self, _: bool) -> Result<(), TorchError> {
+        Ok(())
+    }
+
+    fn backward_ends(&mut self) -> Result<(), TorchError> {
+        Ok(())
+    }
+}
+
+/// One pass over the newest batch: adds to the gradients, those of its loss divided by `divisor` of its targets. Returns
+/// that loss.
+pub fn pass(
+    strategy: &mut dyn Strategy,
+    newest: &Newest<'_>,
+    graph: Graph,
+    divisor: &dyn Fn(u64) -> f64,
+    last: bool,
+    laps: &mut dyn Laps,
+) -> Result<Tensor> {
+    match (newest, graph) {
+        (_, Graph::Whole) => whole(strategy, newest, divisor, last, laps),
+        (Newest::Language { model, batch }, Graph::Blocks { keep }) => {
+            by_blocks(strategy, *model, batch, keep, divisor(batch.targets.count()), last, laps)
+        }
         (Newest::Own(_), Graph::Blocks { .. }) => Err(no_blocks()),
     }
 }
@@ -79,15 +98,21 @@ fn no_blocks() -> Error {
     Error::new(Kind::Config, "a task has no blocks: train.activations = \"block\" and \"shard\" need a language model")
 }
 
-fn whole(strategy: &mut dyn Strategy, newest: &Newest<'_>, turn: Turn<'_>) -> Result<Tensor> {
-    let Turn { divisor, last, halfway, .. } = turn;
+fn whole(
+    strategy: &mut dyn Strategy,
+    newest: &Newest<'_>,
+    divisor: &dyn Fn(u64) -> f64,
+    last: bool,
+    laps: &mut dyn Laps,
+) -> Result<Tensor> {
     let Loss { mean, targets } = newest.loss()?;
     let loss = scaled(&mean, divisor(targets))?;
     let one = torch::tch_result("backward pass", loss.f_ones_like())?;
-    halfway()?;
+    laps.backward_begins(last)?;
     strategy.begin(last)?;
     torch::backward_from(&[&loss], &[&one])?;
     strategy.end(last)?;
+    laps.backward_ends()?;
     Ok(loss.detach())
 }
 
@@ -129,9 +154,10 @@ fn by_blocks(
     model: &dyn Model,
     Batch { inputs, targets, spans }: &Batch,
     keep: usize,
-    turn: Turn<'_>,
+    divisor: f64,
+    last: bool,
+    laps: &mut dyn Laps,
 ) -> Result<Tensor> {
-    let Turn { divisor, last, halfway, .. } = turn;
     let blocks = model.blocks();
     let first = first_trained(model);
     let learns_before = |stage| first.is_some_and(|first| first < stage);
@@ -151,8 +177,8 @@ fn by_blocks(
     }
 
     strategy.enter(Stage::Head, before(Stage::Head, blocks, first))?;
-    let loss = scaled(&model.head_loss(x.shallow_clone(), targets)?, divisor(targets.count()))?;
-    halfway()?;
+    let loss = scaled(&model.head_loss(x.shallow_clone(), targets)?, divisor)?;
+    laps.backward_begins(last)?;
     strategy.begin(last)?;
     let (mut gradient, tied) = head_gradients(strategy, model, &loss, &x)?;
     let loss = loss.detach();
@@ -185,6 +211,7 @@ fn by_blocks(
         strategy.close(Stage::Embed)?;
     }
     strategy.end(last)?;
+    laps.backward_ends()?;
     Ok(loss)
 }
 
@@ -215,6 +242,14 @@ fn head_gradients(
             gradients.push(gradient);
         } else {
             tied.push((leaf.shallow_clone(), gradient));
+        }
+    }
+    if model.adds_in_place() && !strategy.is_staged() {
+        // So does the loss in a pass of one graph. A staged strategy has not made room for the embedding's gradient
+        // yet, which is zero before: the sum is the same.
+        for (leaf, gradient) in tied.drain(..) {
+            let sum = tch::no_grad(|| leaf.f_grad()?.f_add_(&gradient));
+            let _sum = torch::tch_result("backward pass", sum)?;
         }
     }
     strategy.open(Stage::Head)?;

@@ -368,6 +368,7 @@ mod tests {
     fn train(training: &mut Training, steps: RangeInclusive<u64>) -> Vec<[u64; 2]> {
         let mut seen = Vec::new();
         for step in steps.map(Step) {
+            training.timer().begin().unwrap();
             let Pass { loss, .. } = training.forward_backward(step).unwrap();
             let Update { grad_norm, .. } = training.update(step).unwrap();
             seen.push([loss, grad_norm].map(|tensor| torch::to_f64(&tensor).unwrap().to_bits()));
@@ -515,6 +516,7 @@ mod tests {
         run.train.optimizer.grad_clip = 1e-3;
         let (mut training, _) = rank(&run, None, None);
         for (step, lr) in [(1, 0.5e-2), (2, 1e-2), (10, 1e-3)] {
+            training.timer().begin().unwrap();
             training.forward_backward(Step(step)).unwrap();
             let update = training.update(Step(step)).unwrap();
             assert!((update.lr - lr).abs() < 1e-12, "{step}: {}", update.lr);

@@ -124,7 +124,7 @@ fn train(case: &Case, group: Option<ProcessGroup>) -> Trained {
     tch::set_num_threads(1);
     let mut model = build(case);
     if case.fused {
-        model.use_fused(*crate::torch::fused::verified(Device::Cpu).fused);
+        model.use_fused(crate::torch::fused::verified(Device::Cpu).fused);
     }
     freeze(model.as_mut(), case.frozen);
     let (rank, world) = group.as_ref().map_or((Rank(0), WorldSize(1)), |group| (group.rank(), group.world()));

@@ -184,6 +184,7 @@ mod tests {
             stall_s: 0.0,
             lag_steps: 0,
             lag_s: 0.0,
+            spent: None,
         }
     }
 

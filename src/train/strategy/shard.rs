@@ -1,5 +1,5 @@
-//! `shard` (Rajbhandari et al., arXiv 1910.02054, stage 3): every rank has its chunk of each stage's weights, gradients,
-//! moments and, with bf16, fp32 weights, and a stage's weights are gathered when it is computed.
+//! `shard` (Rajbhandari et al., arXiv 1910.02054, stage 3): every rank has its chunk of each stage's weights,
+//! gradients, moments and, with bf16, fp32 weights, and a stage's weights are gathered when it is computed.
 //!
 //! ```text
 //! forward    stage by stage: its weights are gathered (those of the next are on their way), computed, and dropped
@@ -10,20 +10,21 @@
 //! update     AdamW on the chunks, round to bf16 if so computed: nothing is sent
 //! ```
 //!
-//! *Memory.* A bucket is a stage: the embedding, each block, the head. There are two rooms for blocks, used in turns, and
-//! one for the two ends, which are never needed together; a tied embedding stays in it, and the head's norm has another.
-//! A room has the weights of one stage, and their gradients in fp32. So a rank of N has, in bytes of a parameter, 16/N
-//! (fp32: weights 4, gradient 4, moments 8) or 18/N (bf16: 2 more), and the rooms: 8 (bf16: 6) bytes a parameter of two
-//! blocks and of the larger end. On a CPU, what other ranks send of a gradient takes 4 more of up to three stages.
+//! *Memory.* A bucket is a stage: the embedding, each block, the head. There are two rooms for blocks, used in turns,
+//! and one for the two ends, which are never needed together; a tied embedding stays in it, and the head's norm has
+//! another. A room has the weights of one stage, and their gradients in fp32. So a rank of N has, in bytes of a
+//! parameter, 16/N (fp32: weights 4, gradient 4, moments 8) or 18/N (bf16: 2 more), and the rooms: 8 (bf16: 6) bytes a
+//! parameter of two blocks and of the larger end. On a CPU, what other ranks send of a gradient takes 4 more of up to
+//! three stages.
 //!
-//! *Same bits.* A stage's sums are over the ranks in their order, wherever an element lies, and become averages once: so
-//! with one pass a step, and without clipping, weights are those of `zero1` to the last bit, and on two ranks those of
-//! `ddp`. With several passes, sums over ranks are added up, and not the ranks' sums over passes; a clipped step divides
-//! by a norm whose squares are added in another order. Either differs by rounding.
+//! *Same bits.* A stage's sums are over the ranks in their order, wherever an element lies, and become averages once.
+//! So with one pass a step, and without clipping, weights are those of `zero1` to the last bit, and on two ranks those
+//! of `ddp`. With several passes, sums over ranks are added up, and not the ranks' sums over passes; a clipped step
+//! divides by a norm whose squares are added in another order. Either differs by rounding.
 //!
-//! Invariants: all ranks enter the same stages in the same order, those without a batch too, so each gather and exchange
-//! has its partners; a room is refilled only when the stage in it has been computed and its gradients are with their
-//! owners; gathered weights count as old from the update on. *Crash:* as with any strategy, the newest checkpoint
+//! Invariants: all ranks enter the same stages in the same order, those without a batch too, so each gather and
+//! exchange has its partners; a room is refilled only when the stage in it has been computed and its gradients are with
+//! their owners; gathered weights count as old from the update on. *Crash:* as with any strategy, the newest checkpoint
 //! stands. *Resume:* stages and chunks follow from the model and the world alone.
 
 use std::{collections::BTreeMap, time::Duration};

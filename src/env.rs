@@ -7,7 +7,7 @@
 use std::ffi::OsString;
 
 /// Our variables and their meanings. A flag wins over its variable.
-pub const OURS: [(&str, &str); 21] = [
+pub const OURS: [(&str, &str); 22] = [
     ("TRAINER_ALLOW", "what messages of a queue may name; as --allow, separated by commas"),
     ("TRAINER_AUTO_SCALING_GROUP", "the group of this machine, if its tags can't be read"),
     ("TRAINER_AZURE_METADATA_ENDPOINT", "the address of Azure's metadata service, or `off`"),
@@ -19,11 +19,12 @@ pub const OURS: [(&str, &str); 21] = [
     ("TRAINER_HOST_ROOT", "the folder of the machine's /sys, /proc and /dev, in a container that has them elsewhere"),
     ("TRAINER_LIFECYCLE_HOOK", "the hook of the group that delays this machine's end"),
     ("TRAINER_LOG", "which log lines to write, such as debug or trainer::storage=debug"),
-    ("TRAINER_POWER_OFF", "`host`: the host powers the machine off after exit code 0"),
+    ("TRAINER_POWER_OFF", "`host`: the host powers the machine off after exit code 0 or 80"),
     ("TRAINER_PREEMPTION_WINDOW", "seconds from a preemption notice to the end of the machine"),
     ("TRAINER_QUEUE", "the queue of `work`; as --queue"),
     ("TRAINER_RUN_ID", "the run; as --run-id"),
     ("TRAINER_RUN_ID_TEMPLATE", "the run of the day; as --run-id-template"),
+    ("TRAINER_SSM_ENVIRONMENT", "SSM parameters that become variables; as --ssm-environment, separated by commas"),
     ("TRAINER_SSM_PATH", "the path of the SSM parameters; as --ssm-path"),
     ("TRAINER_STOP_WINDOW", "seconds from SIGTERM to the end of the process; as notice.stop_window"),
     ("TRAINER_STORE", "where runs are kept; as --store"),

@@ -29,6 +29,8 @@ pub enum Kind {
     Config,
     /// Another writer has this run. Exit code 79.
     Fenced,
+    /// The run has reached a cap: it goes on with a higher one, and with nothing else. Exit code 80.
+    Capped,
 }
 
 impl Kind {
@@ -44,6 +46,7 @@ impl Kind {
             Self::Permission => 77,
             Self::Config => 78,
             Self::Fenced => 79,
+            Self::Capped => 80,
         }
     }
 }
@@ -257,6 +260,7 @@ mod tests {
             (Kind::Permission, 77),
             (Kind::Config, 78),
             (Kind::Fenced, 79),
+            (Kind::Capped, 80),
         ];
         for (kind, code) in all {
             assert_eq!(kind.exit_code(), code);

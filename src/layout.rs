@@ -7,6 +7,7 @@
 //!   nodes/<node-id>.json                    heartbeat, overwritten by its owner alone
 //!   nodes/<node-id>/trace-g0003-r00002     what rank 2 of generation 3 told of its collectives before it was killed
 //!   drains/g0003.json                       somebody asks generation 3 to save and stop; created once
+//!   metrics/g0003-s00001101-s00001200-<attempt>.parquet   the figures of steps 1101 to 1200; created once
 //!   checkpoints/s00001200-g0003/            data of one attempt; a (step, generation) pair is written once
 //!      model-00001-of-00004.safetensors     model.safetensors.index.json
 //!      config.json  tokenizer.json  generation_config.json
@@ -17,7 +18,7 @@
 //! ```
 //! Numbers are padded so that listings read well, but they are compared as numbers: padding is not a limit.
 
-use crate::ids::{Generation, NodeId, Rank, Step};
+use crate::ids::{AttemptId, Generation, NodeId, Rank, Step};
 
 /// Folder of the journal.
 pub const JOURNAL: &str = "journal";
@@ -27,6 +28,8 @@ pub const SUMMARIES: &str = "summaries";
 pub const NODES: &str = "nodes";
 /// Folder of the requests to save and stop.
 pub const DRAINS: &str = "drains";
+/// Folder of the figures of steps.
+pub const METRICS: &str = "metrics";
 /// Folder of the checkpoints.
 pub const CHECKPOINTS: &str = "checkpoints";
 /// Name of a checkpoint's manifest.
@@ -139,6 +142,16 @@ pub fn heartbeat_node(key: &str) -> Option<NodeId> {
 /// Key of the request that a generation should save and stop.
 pub fn drain(generation: Generation) -> String {
     format!("{DRAINS}/g{:04}.json", generation.get())
+}
+
+/// Key of the figures of steps from `first` to `last`, the first of them from `generation`. No two have one attempt.
+pub fn metrics(generation: Generation, first: Step, last: Step, attempt: &AttemptId) -> String {
+    format!("{METRICS}/g{:04}-s{:08}-s{:08}-{attempt}.parquet", generation.get(), first.get(), last.get())
+}
+
+/// Whether a key is one of [`metrics`].
+pub fn is_metrics(key: &str) -> bool {
+    key.strip_prefix(METRICS).and_then(|key| key.strip_prefix('/')?.strip_suffix(".parquet")).is_some()
 }
 
 /// Folder of one attempt at a checkpoint.

@@ -41,6 +41,7 @@ pub mod history;
 pub mod goodput;
 pub mod checkpoint;
 pub mod journal;
+pub mod metrics;
 pub mod format;
 pub mod torch;
 pub mod storage;

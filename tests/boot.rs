@@ -3,6 +3,7 @@
 //! Parameters, groups and objects are on moto; the machine's own facts are on our metadata server; refusals that moto
 //! does not give come from a server of three lines. `PATH` holds stand-ins where a machine might power off.
 
+mod common_names;
 mod leaving;
 
 use std::{
@@ -130,21 +131,29 @@ fn expect_secret_unseen(life: &Finished) {
 fn a_run_is_created_then_resumed_then_left_alone() {
     let lab = Lab::on_files();
     let uri = lab.uri();
-    let first = boot(&lab, &["run.toml", "--run-id", "life", "--store", &uri]).hold_after(EVERY + 1).start();
+    const KEPT: &str = "stays as the run was created";
+    let first = boot(&lab, &["run.toml", "--run-id", "life", "--store", &uri, "--set", "train.seed=1234"]);
+    let first = first.hold_after(EVERY + 1).start();
     first.wait_for_step("checkpoint", EVERY);
     first.held();
     first.signal(Signal::TERM);
     first.let_go();
     let first = first.finish().expect_code(75).expect_said(&["run life does not exist", "boot to joined"]);
+    assert!(!first.stderr.contains(KEPT), "there was no run yet\n{}", first.story());
 
     // The configuration is gone by now: the run has its own copy.
     std::fs::remove_file(lab.path("run.toml")).expect("remove the configuration");
     let environment =
         [("TRAINER_CONFIG", "run.toml".into()), ("TRAINER_STORE", uri), ("TRAINER_RUN_ID", "life".into())];
-    let again = || boot(&lab, &["--set", "train.seed=1234"]).envs(&environment).finish().expect_code(0);
-    let second = again().expect_said(&["run life exists", "train.seed keeps the value the run was created with"]);
+    let mistyped = boot(&lab, &["--set", "model.confg=x"]).envs(&environment).finish();
+    mistyped.expect_code(78).expect_said(&["unknown key model.confg"]);
+    let again = || boot(&lab, &["--set", "train.seed=99"]).envs(&environment).finish().expect_code(0);
+    let second = again().expect_said(&["run life exists", &format!("train.seed {KEPT}")]);
     assert!(second.resumed_from() >= EVERY, "{}", second.story());
     lab.expect_as_undisturbed("life", &[&first, &second]);
+
+    let same = boot(&lab, &["--set", "train.seed=1234"]).envs(&environment).finish().expect_code(0);
+    assert!(!same.stderr.contains(KEPT), "it is the run's own value\n{}", same.story());
 
     let before = lab.keys("life", "");
     for _ in 0..2 {

@@ -3,10 +3,13 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{
-    lab::{Lab, Store},
-    moto::Moto,
-    trainer::{Finished, Trainer},
+use crate::{
+    support::{
+        lab::{Lab, Store},
+        moto::Moto,
+        trainer::{Finished, Trainer},
+    },
+    userdata::stand_ins::Cloud,
 };
 
 const VERSION: &str = "2011-01-01";
@@ -220,4 +223,103 @@ fn a_deployment_is_checked_before_there_is_a_machine() {
         "{}",
         life.story()
     );
+}
+
+#[test]
+fn what_machines_start_from_and_read_is_checked_before_there_is_one() {
+    let Some(lab) = Lab::on_moto() else { return };
+    let Store::Moto(moto) = lab.store.clone() else { unreachable!("made on moto") };
+    let images = moto.query("ec2", "2016-11-15", "DescribeImages", &[]);
+    let known = tagged(&images, "imageId").to_owned();
+    let made = [("ImageId", known.as_str()), ("InstanceType", "t3.micro"), ("MinCount", "1"), ("MaxCount", "1")];
+    let machine = moto.query("ec2", "2016-11-15", "RunInstances", &made);
+    // Images of our own, with a driver in the name and without.
+    let image = |name: &str| {
+        let from = [("InstanceId", tagged(&machine, "instanceId")), ("Name", name)];
+        tagged(&moto.query("ec2", "2016-11-15", "CreateImage", &from), "imageId").to_owned()
+    };
+    let (new, old, unsaid) = (image("gpu nvidia-580"), image("gpu NVIDIA driver 570.86"), image("plain"));
+    moto.json(
+        "ssm",
+        "AmazonSSM.PutParameter",
+        &json!({"Name": "/images/gpu", "Value": new, "Type": "String", "Overwrite": true}),
+    );
+    let look = |ami: &str| lab.command(&["doctor", "--region", "us-east-1", "--ami", ami]).json().finish();
+    for (ami, verdict, says) in [
+        ("/images/gpu", "ok", "NVIDIA driver 580"),
+        (new.as_str(), "ok", "NVIDIA driver 580"),
+        (&old, "fail", "its NVIDIA driver is 570"),
+        (&unsaid, "warn", "driver not checked"),
+        ("ami-00000000", "fail", "ami-00000000"),
+        ("/images/none", "fail", "/images/none"),
+    ] {
+        let life = look(ami);
+        let line = line(&life, "machine image");
+        assert_eq!(line["verdict"], verdict, "{ami}\n{}", life.story());
+        assert!(line["found"].to_string().contains(says), "{ami}: {line}");
+    }
+
+    // moto has no simulator of policies: an answer of the documented form stands in.
+    let role = "arn:aws:iam::123456789012:role/first-Role";
+    let uri = format!("{}/run.toml", lab.uri());
+    for (decision, verdict) in [("allowed", "fail"), ("implicitDeny", "fail")] {
+        let answer = format!(
+            "<SimulatePrincipalPolicyResponse><SimulatePrincipalPolicyResult><EvaluationResults><member>\
+             <EvalDecision>{decision}</EvalDecision></member></EvaluationResults></SimulatePrincipalPolicyResult>\
+             </SimulatePrincipalPolicyResponse>"
+        );
+        let iam = Cloud::start(&[("SimulatePrincipalPolicy", &answer)]);
+        let read = lab.command(&["doctor", "--reads", &uri, "--role", role]).json();
+        let life = read.envs(&[("AWS_ENDPOINT_URL_IAM", iam.endpoint())]).finish();
+        let line = line(&life, "configuration read");
+        // It is not there yet.
+        assert_eq!(line["verdict"], verdict, "{}", life.story());
+        assert_eq!(line["found"].to_string().contains("no policy of"), decision == "implicitDeny", "{line}");
+        let (head, body) = iam.asked("SimulatePrincipalPolicy").remove(0);
+        assert!(body.contains("ActionNames.member.1=s3%3AGetObject") && body.contains("first-Role"), "{body}");
+        assert!(head.contains("us-east-1/iam/aws4_request"), "{head}");
+    }
+    lab.command(&["doctor", "--role", role]).finish().expect_code(64).expect_said(&["--reads"]);
+    lab.command(&["doctor", "--reads", &uri, "--role", "me"]).finish().expect_code(64);
+}
+
+/// The tools of both clouds, in the documented forms of their answers.
+#[test]
+fn quotas_of_other_clouds_are_asked_of_their_tools() {
+    let lab = Lab::on_files();
+    let bin = lab.path("bin");
+    std::fs::create_dir_all(&bin).expect("a folder");
+    let tool = |name: &str, text: &str| {
+        use std::os::unix::fs::PermissionsExt;
+        let place = bin.join(name);
+        std::fs::write(&place, format!("#!/bin/sh\n{text}\n")).expect("a tool");
+        std::fs::set_permissions(&place, std::fs::Permissions::from_mode(0o755)).expect("it can be started");
+    };
+    let look = || {
+        let wanted = ["doctor", "--count", "2", "--gcp-project", "my-project", "--azure-location", "westeurope"];
+        let path = [("PATH", format!("{}:/usr/bin:/bin", bin.display()))];
+        lab.command(&wanted).json().envs(&path).finish()
+    };
+    // A machine of a developer may have them.
+    if !["/usr/bin/gcloud", "/usr/bin/az"].iter().any(|tool| std::path::Path::new(tool).exists()) {
+        let life = look().expect_code(0);
+        for (check, tool) in [("gcp gpu quota", "gcloud"), ("azure spot quota", "az")] {
+            let line = line(&life, check);
+            assert_eq!(line["verdict"], "warn", "{}", life.story());
+            assert!(line["found"].to_string().contains(&format!("not checked: {tool} is not installed")), "{line}");
+        }
+    }
+    let gpus = r#"case "$*" in "compute project-info describe --project my-project --format json")
+echo '{"quotas": [{"limit": 4.0, "metric": "GPUS_ALL_REGIONS", "usage": 3.0}]}' ;; *) exit 2 ;; esac"#;
+    tool("gcloud", gpus);
+    let cores = r#"case "$*" in "vm list-usage --location westeurope --output json")
+echo '[{"currentValue": "0", "limit": "8", "name": {"value": "lowPriorityCores"}}]' ;; *) exit 2 ;; esac"#;
+    tool("az", cores);
+    let life = look().expect_code(78);
+    assert_eq!(line(&life, "gcp gpu quota")["verdict"], "fail", "{}", life.story());
+    assert!(line(&life, "gcp gpu quota")["found"].to_string().contains("2 are wanted"), "{}", life.story());
+    assert_eq!(line(&life, "azure spot quota")["verdict"], "ok", "{}", life.story());
+    tool("gcloud", "echo 'ERROR: (gcloud) log in first' >&2; exit 1");
+    let life = look().expect_code(0);
+    assert!(line(&life, "gcp gpu quota")["found"].to_string().contains("log in first"), "{}", life.story());
 }

@@ -1,6 +1,6 @@
 //! Stored formats: objects of released versions stay readable forever; hostile objects are errors.
 //!
-//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` to `v6/` what later versions
+//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` to `v7/` what later versions
 //! have added, `task-6/` what version 6 has for programs with a task of their own, `dataset-2/` what format 2 of
 //! datasets has, `dataset-sources/` what sources add to a dataset. They never change: a new version gets its own
 //! folder.
@@ -58,8 +58,8 @@ fn messages() -> [Vec<u8>; 6] {
         several_nodes: true,
         task: samples::task(),
     };
-    let report =
-        StepReport { step: Step(3), loss: f64::NAN, grad_norm: 1.0, lr: 1e-3, step_s: 0.5, stall_s: 0.0, data_s: 0.0 };
+    let (step, loss, lr) = (Step(3), f64::NAN, 1e-3);
+    let report = StepReport { step, loss, grad_norm: 1.0, lr, step_s: 0.5, ..StepReport::default() };
     let saves = vec![SaveOrder { step: Step(4), slot: 1, mode: CaptureMode::Blocking, compare: true }];
     [
         message(&ToWorker::Start(Box::new(assignment))),
@@ -114,6 +114,11 @@ fn written_by_version_5() -> Vec<(String, Vec<u8>)> {
 /// What version 6 has added, as this version writes it.
 fn written_by_version_6() -> Vec<(String, Vec<u8>)> {
     encoded(samples::records_of_version_6())
+}
+
+/// What version 7 has added, as this version writes it.
+fn written_by_version_7() -> Vec<(String, Vec<u8>)> {
+    encoded(samples::records_of_version_7())
 }
 
 /// A dataset with sources, as this version writes it.
@@ -175,6 +180,7 @@ fn objects_of_earlier_versions_are_read_to_the_same_value() {
     read_to_the_same_value("v4", written_by_version_4());
     read_to_the_same_value("v5", written_by_version_5());
     read_to_the_same_value("v6", written_by_version_6());
+    read_to_the_same_value("v7", written_by_version_7());
     read_to_the_same_value("dataset-sources", written_with_sources());
     read_to_the_same_value("task-6", written_for_tasks());
     read_to_the_same_value("dataset-2", written_by_format_2_of_datasets());
@@ -215,7 +221,9 @@ fn each_record_is_written_in_the_lowest_version_that_can_hold_it() {
     let (first, second) = (samples::records(), samples::records_of_version_2());
     let (third, fourth) = (samples::records_of_version_3(), samples::records_of_version_4());
     let (fifth, sixth) = (samples::records_of_version_5(), samples::records_of_version_6());
-    for (version, records) in [(1, first), (2, second), (3, third), (4, fourth), (5, fifth), (6, sixth)] {
+    let seventh = samples::records_of_version_7();
+    let all = [first, second, third, fourth, fifth, sixth, seventh];
+    for (version, records) in (1..).zip(all) {
         for record in records {
             assert_eq!(record.format(), version, "{}", record.kind());
         }
@@ -270,7 +278,11 @@ fn kinds() -> Vec<(String, Vec<u8>)> {
     let messages = messages().into_iter().enumerate();
     let messages = messages.map(|(i, bytes)| (format!("{}-{i}", if i < 3 { "toworker" } else { "fromworker" }), bytes));
     let later = written_by_version_2().into_iter().chain(written_by_version_3()).chain(written_by_version_4());
-    let later = later.chain(written_by_version_5()).chain(written_by_version_6()).chain(written_with_sources());
+    let later = later
+        .chain(written_by_version_5())
+        .chain(written_by_version_6())
+        .chain(written_by_version_7())
+        .chain(written_with_sources());
     let later = later.chain(written_for_tasks()).chain(written_by_format_2_of_datasets());
     written().into_iter().chain(later).chain(messages).collect()
 }

@@ -209,6 +209,7 @@ fn a_request_to_stop_follows_the_group_when_its_leader_is_lost() {
         lost_steps: 1,
         verdict: "asked to stop".into(),
         drain: None,
+        cap: None,
     };
     nodes.runtime.block_on(journal.append(ended)).unwrap();
     let life = drain.finish().expect_code(0);

@@ -5,6 +5,7 @@
 mod support;
 
 mod boot;
+mod caps;
 mod chats;
 mod crash;
 mod damage;
@@ -29,6 +30,7 @@ mod journal;
 mod lora;
 mod members_model;
 mod metadata;
+mod metrics;
 mod model_folder;
 mod moments;
 mod nodes;

@@ -341,6 +341,7 @@ fn record(state: Option<&RunState>, rec: &Rec) -> Record {
             lost_steps: 0,
             verdict: String::new(),
             drain: None,
+            cap: None,
         },
     }
 }

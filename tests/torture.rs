@@ -298,12 +298,13 @@ fn points_of_the_source() -> BTreeSet<String> {
     names
 }
 
-/// Points at which nothing is half done: tests let a node wait, differ or compute wrongly there.
-const SWITCHES: [&str; 10] = [
+/// Points at which nothing is half done: tests let a node wait, differ, compute wrongly or reach a cap there.
+const SWITCHES: [&str; 11] = [
     "node.kind",
     "node.patient",
     "node.version",
     "pace.hasty",
+    "run.cap",
     "save.hasty",
     "seat.before-beat",
     "shelf.lends",

@@ -14,7 +14,8 @@ mod machine;
 mod nodes;
 mod policies;
 mod stack;
-mod stand_ins;
+pub mod stand_ins;
+mod updates;
 mod user_data;
 
 use std::{

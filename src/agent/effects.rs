@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use super::{
     generation::End,
     phase::Event,
-    save::{gather::Fetched, ledger::Transfer, upload::SaveEvent},
+    save::{gather::Fetched, haste::Change, ledger::Transfer, upload::SaveEvent},
     workers::WorkerEvent,
 };
 use crate::{
@@ -123,11 +123,8 @@ pub enum Log {
     Chosen(Choice),
     /// Why a notice leaves time to train on.
     TrainsOn(String),
-    /// Transfers no longer yield to other threads: a save took too long to be durable.
-    Starved {
-        /// Seconds.
-        durable_s: f64,
-    },
+    /// Whether saves yield to training from now on.
+    Haste(Change),
 }
 
 /// All effects of one event, in order, and how the generation has ended, if it has.

@@ -43,9 +43,10 @@ use crate::{
     config::RunConfig,
     error::Result,
     faults::{self, At},
+    history::spent::Spent,
     ids::{Generation, NodeId, Step},
-    journal::{Drain, EarlyStop},
-    notice::{self, Notice, Notices},
+    journal::{Drain, EarlyStop, Reached},
+    notice::{self, Confidence, Notice, Notices},
     report::Reporter,
     snapshot::cadence::Measured,
     storage::Store,
@@ -87,6 +88,8 @@ pub struct Plan {
     pub collectives: Arc<Collectives>,
     /// The generation before this one has ended because the states of its ranks differed.
     pub doubted: bool,
+    /// What the run has taken before this generation.
+    pub spent: Spent,
 }
 
 /// The source of the workers' state.
@@ -189,6 +192,8 @@ pub struct Stopped {
     pub verdict: String,
     /// How the drain went, if there was one.
     pub drain: Option<Drain>,
+    /// The cap that the run has reached, if that is why.
+    pub cap: Option<Reached>,
 }
 
 /// Work that a generation which ended well leaves until the journal's last record, which is more urgent, is written.
@@ -228,6 +233,30 @@ impl Members {
     fn hear(&mut self, notice: &Notice) {
         self.asked_here |= notice.kind != notice::Kind::Rebalance;
         self.ends_the_run |= notice.source == notice::drain::DRAIN;
+    }
+
+    /// The run has reached a cap: for all of its nodes, as if a person had asked it to stop.
+    fn reach(&mut self, cap: Reached) -> Notice {
+        self.asked_here = true;
+        self.ends_the_run = true;
+        let (kind, confidence) = (notice::Kind::Stop, Confidence::Certain);
+        Notice { kind, deadline: None, source: cap.cap.key(), id: String::new(), confidence }
+    }
+}
+
+impl Plan {
+    /// The cap that the run has reached when this generation has lived for `lived`; `None`: none. A run whose last step
+    /// was loaded lacks nothing but its last record.
+    fn cap_after(&self, lived: Duration, finished: Option<Step>) -> Option<Reached> {
+        let caps = &self.config.run;
+        if !caps.has_any() || self.load.step() >= self.config.workload.last_step() {
+            return None;
+        }
+        let spent = self.spent.after(lived.as_secs_f64(), self.upload.members.len());
+        // A test does not wait for hours.
+        let hasty = faults::check("run.cap", At { rank: None, step: finished.map(Step::get) }).is_err();
+        let first = spent.of_caps(caps).next().filter(|_| hasty);
+        spent.reached(caps).or(first)
     }
 }
 
@@ -300,9 +329,10 @@ pub async fn run(
     let mut lead = Lead::begin(&start, began, node, (others, group), reporter, senders);
     let mut blame = std::mem::take(&mut left.members.blame);
     let mut watch = Watch::new(&mut blame, start.load.step());
+    let mut cap = None;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let end = 'generation: loop {
+    let mut end = 'generation: loop {
         let mut events = tokio::select! {
             biased;
             notice = notices.next() => {
@@ -324,7 +354,13 @@ pub async fn run(
                 }
                 let late = began.elapsed() > FORMING;
                 let lost = if late { lead.late() } else { Vec::new() };
-                lost.into_iter().chain([Event::Tick]).collect()
+                // A notice is heard once, and is never taken back.
+                let mut reached = None;
+                if cap.is_none() {
+                    cap = start.cap_after(start.upload.formed.elapsed(), machine.finished());
+                    reached = cap.map(|cap| Event::Notice(left.members.reach(cap)));
+                }
+                lost.into_iter().chain(reached).chain([Event::Tick]).collect()
             }
         };
         while let Some(event) = events.pop_front() {
@@ -358,6 +394,9 @@ pub async fn run(
                 lead.is_blamed(why);
             }
         }
+    }
+    if let Ok(End::Stopped(stopped)) = &mut end {
+        stopped.cap = cap;
     }
     *estimates = machine.estimates();
     lead.tells(&mut left.members);

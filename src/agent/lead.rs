@@ -27,6 +27,7 @@ use super::{
     phase::Event,
     save::{
         fault::{Consequence, Group, Reason, Standing, Tally},
+        haste::Change,
         holdup::HoldUp,
         ledger::Transfer,
         upload::{self, SaveEvent, Snapshot},
@@ -37,6 +38,7 @@ use crate::{
     error::Result,
     ids::{AttemptId, NodeId},
     journal::{Record, SaveCost, Urgency},
+    metrics::Recorder,
     protocol::ToWorker,
     report::{self, Reporter},
     snapshot::mode::{CaptureMode, Choice},
@@ -111,6 +113,8 @@ pub struct Lead<'a> {
     /// When somebody asked the group to stop, until its last step is agreed.
     asked: Option<Instant>,
     reporter: &'a Reporter,
+    /// The figures of the steps, on their way to the store.
+    recorder: Recorder,
     retention: Retention,
     /// The look at the journal, if one is under way.
     looking: Option<AbortHandle>,
@@ -131,7 +135,7 @@ impl<'a> Lead<'a> {
         reporter: &'a Reporter,
         senders: Senders,
     ) -> Self {
-        let upload::Context { run, journal, .. } = &start.upload;
+        let upload::Context { run, journal, generation, .. } = &start.upload;
         let retention = Retention::begin(run, journal, start.config.checkpoint, &start.docket);
         let (looking, saving) = (None, None);
         Self {
@@ -149,6 +153,7 @@ impl<'a> Lead<'a> {
             frozen: None,
             asked: None,
             reporter,
+            recorder: Recorder::new(run, *generation),
             retention,
             looking,
             notes: JoinSet::new(),
@@ -349,7 +354,10 @@ impl<'a> Lead<'a> {
             Effect::Prune => self.retention.start(),
             Effect::GiveUpSave { after_s } => self.give_up_save(after_s),
             Effect::LeaveOut { nodes, why } => self.others.leave_out(&nodes, &why),
-            Effect::Report(event) => self.reporter.event(&event),
+            Effect::Report(event) => {
+                self.recorder.hear(&event, jiff::Timestamp::now().as_millisecond());
+                self.reporter.event(&event);
+            }
             Effect::Log(line) => log(line),
         }
         None
@@ -377,8 +385,18 @@ impl<'a> Lead<'a> {
         let taken = self.began + taken;
         let (stands, standing) = watch::channel(Standing::of(context.members.clone()));
         let (cost, costs) = watch::channel(cost);
-        let snapshot =
-            Snapshot { attempt, step, slot, expected, figures, validation_loss, cost: costs, taken, standing: stands };
+        let snapshot = Snapshot {
+            attempt,
+            step,
+            slot,
+            expected,
+            figures,
+            validation_loss,
+            cost: costs,
+            taken,
+            standing: stands,
+            recorder: self.recorder.clone(),
+        };
         let give_up = upload::start(context, snapshot, puts, self.senders.saves.clone());
         self.saving = Some(Saving { cost, give_up, standing });
         Ok(None)
@@ -470,8 +488,13 @@ fn log(line: Log) {
             }
         }
         Log::TrainsOn(reason) => tracing::info!("{reason}"),
-        Log::Starved { durable_s } => {
-            tracing::info!(durable_s, "saves are starved of CPU: uploads now run at normal priority")
+        Log::Haste(Change { hasty: true, lag_s, interval_s }) => tracing::info!(
+            lag_s,
+            interval_s,
+            "saves become durable too late for the time between them: they no longer yield to training"
+        ),
+        Log::Haste(Change { lag_s, interval_s, .. }) => {
+            tracing::info!(lag_s, interval_s, "saves have time: they yield to training again");
         }
     }
 }

@@ -30,6 +30,7 @@
 //! different exit codes, so that a supervisor repeats only the latter. Names of parameters are logged, their values are
 //! not; a wrong setting is reported with its value, like any other: settings are not secret, they are in the journal.
 #![doc = include_str!("README.md")]
+pub mod passed;
 pub mod settings;
 pub mod stop;
 
@@ -44,14 +45,18 @@ use std::{
 use jiff::{Timestamp, tz::TimeZone};
 
 pub use self::devices::await_gpus;
-use self::settings::{Given, Layer, Name, Origin};
+use self::{
+    passed::Pattern,
+    settings::{Given, Layer, Name, Origin},
+};
 use crate::{
     cloud::{
         hardware,
         identity::{self, Tags},
-        region, ssm,
+        region,
+        ssm::{self, Parameter, Secret},
     },
-    config::{self, Effect},
+    config::{self, RunConfig},
     env,
     error::{Error, Kind, Result},
     ids::RunId,
@@ -98,8 +103,17 @@ fn process_age() -> Option<Duration> {
     Duration::try_from_secs_f64(uptime - started / ticks).ok().filter(|age| *age < Duration::from_secs(3600))
 }
 
-/// The settings of this machine, flags above everything else.
-pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
+/// What [`gather`] finds.
+#[derive(Debug)]
+pub struct Gathered {
+    /// The settings of this machine, flags above everything else.
+    pub settings: Layer,
+    /// Parameters that are to be variables, and are none yet.
+    pub passed: Vec<(String, Secret)>,
+}
+
+/// The settings of this machine, flags above everything else; `patterns`: parameters that are to be variables.
+pub async fn gather(flags: Layer, patterns: &[Pattern], steps: &mut Steps) -> Result<Gathered> {
     match region::find().await {
         Some((region, source)) => steps.done(format_args!("region {region} {}", source.text())),
         None => steps.done("no region is known"),
@@ -118,7 +132,13 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
         tracing::warn!("ignoring unknown trainer: tags of this instance: {}", shown(&unknown));
     }
     let Some(path) = above.ssm_path.as_ref().or(tags.ssm_path.as_ref()).map(|path| path.value.clone()) else {
-        return settled(above.over(tags), silence);
+        if let Some(pattern) = patterns.first() {
+            let what = format!("--ssm-environment {pattern}: there is no path of parameters");
+            return Err(
+                Error::new(Kind::Config, what).with_hint("give --ssm-path, such as --ssm-path /trainer/reports")
+            );
+        }
+        return Ok(Gathered { settings: settled(above.over(tags), silence)?, passed: Vec::new() });
     };
     let path = path.trim_end_matches('/');
     if region::find().await.is_none() {
@@ -136,11 +156,32 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
     if names.is_empty() {
         tracing::warn!("there is no parameter below {path}");
     }
-    let (parameters, unknown) = Layer::from_parameters(path, parameters)?;
+    let is_set = |name: &str| env::raw(name).is_some();
+    let passed = passed::choose(patterns, &parameters, &is_set)?;
+    let parameters = understood(path, parameters, patterns).await?;
+    Ok(Gathered { settings: settled(above.over(parameters).over(tags), silence)?, passed })
+}
+
+/// The settings from parameters below `path`; says which of them mean nothing here.
+pub async fn understood(path: &str, parameters: Vec<Parameter>, patterns: &[Pattern]) -> Result<Layer> {
+    let (parameters, mut unknown) = Layer::from_parameters(path, parameters)?;
+    unknown.retain(|name| !patterns.iter().any(|pattern| pattern.fits(name)));
     if !unknown.is_empty() {
-        tracing::warn!("ignoring unknown parameters below {path}: {}", shown(&unknown));
+        tracing::warn!(
+            "ignoring unknown parameters below {path}: {}; --ssm-environment makes variables of them",
+            shown(&unknown)
+        );
     }
-    settled(above.over(parameters).over(tags), silence)
+    if let (Some(named), Some((region, source))) = (&parameters.region, region::find().await)
+        && named.value != region
+    {
+        tracing::warn!(
+            "{} names another region than {region}, {}, which is used: set AWS_REGION where this program starts",
+            named.origin,
+            source.text()
+        );
+    }
+    Ok(parameters)
 }
 
 /// The settings of an instance that does not report its tags: those of the other layers, if they suffice. If they
@@ -216,15 +257,31 @@ pub fn store(settings: &Layer, working_directory: &Path) -> Result<Option<Given<
     Ok(Some(Given { value, origin: given.origin.clone() }))
 }
 
-/// The changed settings that an existing run can take. A setting that a run keeps for life is not an error here: it was
-/// set when the run was created, and a machine that boots again still has it.
-pub fn changes(set: &[(String, String)]) -> Vec<(String, String)> {
-    let (kept, free): (Vec<_>, Vec<_>) =
-        set.iter().cloned().partition(|(key, _)| matches!(config::effect(key), Effect::Fixed(_)));
-    for (key, _) in kept {
-        tracing::info!("boot: {key} keeps the value the run was created with");
+/// The changed settings that an existing run can take, and those that it can't.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// It takes these.
+    pub free: Vec<(String, String)>,
+    /// It keeps these for life. They are no error: they may have been set when the run was created, and a machine that
+    /// boots again still has them.
+    kept: Vec<(String, String)>,
+}
+
+/// Divides the changed settings.
+///
+/// # Errors
+/// On unknown keys.
+pub fn changes(set: &[(String, String)]) -> Result<Changes> {
+    let (kept, free) = config::kept(set)?;
+    Ok(Changes { free, kept })
+}
+
+impl Changes {
+    /// For a run that exists: the settings that have no effect on it, because it keeps another value.
+    pub fn without_effect(&self, config: &RunConfig) -> Vec<&str> {
+        let other = |(key, value): &&(String, String)| !config::has_value(config, key, value);
+        self.kept.iter().filter(other).map(|(key, _)| key.as_str()).collect()
     }
-    free
 }
 
 /// Where datasets are kept on this machine: on a local disk that lives and dies with it, if one is mounted and accepts
@@ -306,8 +363,17 @@ mod tests {
     #[test]
     fn settings_that_a_run_keeps_for_life_are_no_mistake_on_the_next_boot() {
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
-        let set = [pair("train.steps", "5"), pair("data.sequence_length", "64"), pair("model.config", "x")];
-        assert_eq!(changes(&set), [pair("train.steps", "5")]);
+        let set = [pair("train.steps", "5"), pair("data.sequence_length", "64"), pair("train.seed", "7")];
+        let changes = changes(&set).unwrap();
+        assert_eq!(changes.free, [pair("train.steps", "5")]);
+        let mut config = crate::checkpoint::testing::config();
+        (config.workload.data.sequence_length, config.workload.train.seed) = (64, 8);
+        assert_eq!(changes.without_effect(&config), ["train.seed"], "the other one is what the run has");
+        // A mistyped key is a mistake, whether its section is one that a run keeps or not.
+        for key in ["model.confg", "model.lora.rnk", "train.seeds", "task.nam"] {
+            let error = super::changes(&[pair(key, "1")]).unwrap_err();
+            assert!(error.kind() == Kind::Config && error.to_string().contains(key), "{error}");
+        }
     }
 
     #[test]

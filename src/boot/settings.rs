@@ -97,7 +97,23 @@ pub struct Layer {
     pub worker_token: Option<Given<Secret>>,
     /// The address of the job API; for `trainer work`.
     pub job_api: Option<Given<String>>,
+    /// The URL of the queue; for `trainer work`.
+    pub queue: Option<Given<String>>,
+    /// A region that a parameter names. The parameter itself was read in the region that holds: this one is compared.
+    pub region: Option<Given<String>>,
 }
+
+/// Names of parameters that are common beside ours, and ours for the same. Ours win. A bucket stands for the store
+/// below its `runs/`.
+const SYNONYMS: [(&str, &str); 4] = [
+    ("AWS_S3_BUCKET", "store"),
+    ("AWS_SQS_QUEUE_URL", "queue"),
+    ("JOB_API_BASE_URL", "job-api-base-url"),
+    ("WORKER_TOKEN", "worker-token"),
+];
+/// Those of the image are for whoever pulls it: by the time this program runs, it has been pulled.
+const OF_THE_IMAGE: &str = "ECR_";
+const REGION: &str = "AWS_REGION";
 
 /// The variables that are read.
 pub const VARIABLES: [&str; 8] = [
@@ -136,9 +152,20 @@ impl Layer {
     /// The settings from parameters below `path`. Unknown names are returned.
     pub fn from_parameters(path: &str, parameters: Vec<Parameter>) -> Result<(Self, Vec<String>)> {
         let path = path.trim_end_matches('/');
-        let (mut layer, mut unknown) = (Self::default(), Vec::new());
+        let (mut layer, mut unknown, mut synonyms) = (Self::default(), Vec::new(), Vec::new());
         for Parameter { name, value } in parameters {
             let origin = Origin::Parameter(format!("{path}/{name}"));
+            if let Some((_, word)) = SYNONYMS.iter().find(|(synonym, _)| *synonym == name) {
+                synonyms.push((*word, value, origin));
+                continue;
+            }
+            if name == REGION {
+                layer.region = Some(Given { value: value.reveal().to_owned(), origin });
+                continue;
+            }
+            if name.starts_with(OF_THE_IMAGE) {
+                continue;
+            }
             // The API has no empty parameters, and a path can only come from a higher layer.
             let known = name != "ssm-path"
                 && match name.strip_prefix("set/") {
@@ -149,7 +176,21 @@ impl Layer {
                 unknown.push(name);
             }
         }
+        for (word, value, origin) in synonyms.into_iter().filter(|(word, ..)| !layer.has(word)).collect::<Vec<_>>() {
+            let value = if word == "store" { runs_in(value.reveal(), &origin)? } else { value.reveal().to_owned() };
+            layer.add(word, value, origin)?;
+        }
         Ok((layer, unknown))
+    }
+
+    /// Whether it has the setting of a synonym.
+    fn has(&self, word: &str) -> bool {
+        match word {
+            "store" => self.store.is_some(),
+            "queue" => self.queue.is_some(),
+            "job-api-base-url" => self.job_api.is_some(),
+            _ => self.worker_token.is_some(),
+        }
     }
 
     /// The settings from tags; they come without `trainer:`. A tag is no place for a secret, nor long enough for a
@@ -160,7 +201,9 @@ impl Layer {
             let origin = Origin::Tag(format!("trainer:{name}"));
             let known = match name.strip_prefix("set:") {
                 Some(key) => layer.add_set(key, &value),
-                None => !matches!(name.as_str(), "config" | "worker-token") && layer.add(&name, value, origin)?,
+                None => {
+                    !matches!(name.as_str(), "config" | "worker-token" | "queue") && layer.add(&name, value, origin)?
+                }
             };
             if !known {
                 unknown.push(name);
@@ -189,6 +232,7 @@ impl Layer {
             "ssm-path" => once(&mut self.ssm_path, value, origin),
             "worker-token" => once(&mut self.worker_token, Secret::new(value), origin),
             "job-api-base-url" => once(&mut self.job_api, value, origin),
+            "queue" => once(&mut self.queue, value, origin),
             _ => Ok(false),
         }
     }
@@ -216,8 +260,21 @@ impl Layer {
             set: set.into_iter().collect(),
             worker_token: self.worker_token.or(below.worker_token),
             job_api: self.job_api.or(below.job_api),
+            queue: self.queue.or(below.queue),
+            region: self.region.or(below.region),
         }
     }
+}
+
+/// The store in a bucket that is named alone. The value may be a secret, put there by mistake: no error shows it.
+fn runs_in(bucket: &str, origin: &Origin) -> Result<String> {
+    // https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
+    if !(3..=63).contains(&bucket.len()) || !bucket.bytes().all(plain) {
+        return Err(Error::new(Kind::Config, format!("{origin} is not the name of a bucket"))
+            .with_hint("give the bucket's name alone, or the parameter store: s3://bucket/prefix"));
+    }
+    Ok(format!("s3://{bucket}/runs"))
 }
 
 #[cfg(test)]
@@ -293,6 +350,46 @@ mod tests {
         let (layer, unknown) = tags(&[("worker-token", "x"), ("config", "y"), ("ssm-path", "/p"), ("x", "y")]);
         assert_eq!(unknown, ["worker-token", "config", "x"]);
         assert_eq!(layer.ssm_path.unwrap().value, "/p");
+    }
+
+    #[test]
+    fn parameters_of_common_names_are_understood_and_ours_win() {
+        let common = [
+            ("AWS_REGION", "eu-west-1"),
+            ("AWS_S3_BUCKET", "my-bucket"),
+            ("AWS_SQS_QUEUE_URL", "https://queue"),
+            ("JOB_API_BASE_URL", "https://api"),
+            ("WORKER_TOKEN", "hunter2"),
+            ("ECR_REGISTRY", "1.dkr.ecr.eu-west-1.amazonaws.com"),
+            ("ECR_REPOSITORY", "trainer"),
+            ("OPENAI_API_KEY", "hunter2"),
+        ];
+        let (layer, unknown) = Layer::from_parameters("/p", parameters(&common)).unwrap();
+        assert_eq!(unknown, ["OPENAI_API_KEY"]);
+        let value = |given: &Option<Given<String>>| {
+            let given = given.as_ref().unwrap();
+            (given.value.clone(), given.origin.to_string())
+        };
+        assert_eq!(value(&layer.store), ("s3://my-bucket/runs".into(), "parameter /p/AWS_S3_BUCKET".into()));
+        assert_eq!(value(&layer.queue).0, "https://queue");
+        assert_eq!(value(&layer.job_api).0, "https://api");
+        assert_eq!(value(&layer.region).0, "eu-west-1");
+        assert_eq!(layer.worker_token.as_ref().unwrap().value.reveal(), "hunter2");
+        assert!(!format!("{layer:?}").contains("hunter2"));
+        // The two may stand side by side, in any order: other programs read theirs.
+        for own in [0, common.len()] {
+            let mut both = common.to_vec();
+            both.splice(own..own, [("store", "s3://other/place"), ("worker-token", "ours"), ("queue", "https://ours")]);
+            let (layer, _) = Layer::from_parameters("/p", parameters(&both)).unwrap();
+            assert_eq!(value(&layer.store).0, "s3://other/place");
+            assert_eq!(layer.worker_token.as_ref().unwrap().value.reveal(), "ours");
+            assert_eq!(value(&layer.queue).0, "https://ours");
+        }
+        for wrong in ["s3://my-bucket", "hunter2 hunter2", "My-Bucket", "ab", "a/b"] {
+            let error = Layer::from_parameters("/p", parameters(&[("AWS_S3_BUCKET", wrong)])).unwrap_err();
+            assert!(error.kind() == Kind::Config && error.to_string().contains("/p/AWS_S3_BUCKET"), "{error}");
+            assert!(!error.to_string().contains(wrong), "{error}");
+        }
     }
 
     #[test]

@@ -218,6 +218,7 @@ mod tests {
             lost_steps: 0,
             verdict: "x".into(),
             drain: None,
+            cap: None,
         });
         assert_eq!(names(&folders(&interrupted, &objects, now())), [(1, 1, Kind::LeftOver), (4, 1, Kind::Orphaned)]);
         let upload = "checkpoints/s00000006-g0002/a";

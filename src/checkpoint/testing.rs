@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     config::{
-        Cadence, CheckpointConfig, CompleteAction, DataConfig, Keep, ModelConfig, ModelKind, NetworkConfig,
+        Cadence, CapsConfig, CheckpointConfig, CompleteAction, DataConfig, Keep, ModelConfig, ModelKind, NetworkConfig,
         NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig,
         ScheduleKind, StorageConfig, Strategy, TrainConfig, TrainTask,
     },
@@ -101,7 +101,10 @@ pub fn config() -> RunConfig {
                 max_micro_batch: 8,
                 seed: 1234,
                 precision: Precision::Fp32,
+                activations: crate::config::Activations::Keep,
                 threads: 1,
+                fused: false,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 3e-4,
                     betas: [0.9, 0.95],
@@ -118,6 +121,7 @@ pub fn config() -> RunConfig {
                 device: crate::config::Device::Auto,
                 bucket_mib: 25,
                 mixed: false,
+                peak_tflops: None,
             },
         },
         checkpoint: CheckpointConfig {
@@ -128,6 +132,7 @@ pub fn config() -> RunConfig {
             price_per_gib_month: 0.023,
         },
         notice: NoticeConfig { sources: vec![], ..NoticeConfig::default() },
+        run: CapsConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 1, same_step: 1, backoff: std::time::Duration::ZERO, hang: None },
         storage: STORAGE,

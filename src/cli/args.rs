@@ -3,6 +3,7 @@
 use clap::Args;
 
 use crate::{
+    boot::passed::Pattern,
     config::{self, Machine},
     error::Result,
     ids::RunId,
@@ -124,6 +125,15 @@ impl StoreArg {
     pub fn open(&self) -> Result<Store> {
         super::store::open(self.store.as_deref().unwrap_or(super::store::DEFAULT))
     }
+}
+
+/// Parameters that become variables.
+#[derive(Clone, Debug, Args)]
+pub(super) struct SsmArg {
+    /// Set these SSM parameters as variables of the environment, which wins where it has them: names, or beginnings
+    /// such as NCCL_*; not PATH, LD_* or TRAINER_*
+    #[arg(long, env = "TRAINER_SSM_ENVIRONMENT", value_name = "NAMES", value_delimiter = ',', hide_env_values = true)]
+    pub ssm_environment: Vec<Pattern>,
 }
 
 #[cfg(test)]

@@ -6,12 +6,12 @@ use clap::Args;
 use jiff::Timestamp;
 
 use super::{
-    args::{NodesArg, SetArg, Workers, WorkersArg},
+    args::{NodesArg, SetArg, SsmArg, Workers, WorkersArg},
     run, store,
 };
 use crate::{
     boot::{
-        self, Steps,
+        self, Gathered, Steps, passed,
         settings::{Config, Given, Layer, Name, Origin},
         stop::Stop,
     },
@@ -43,7 +43,8 @@ Precedence: instance tags < SSM parameters < environment < flags.
   environment: TRAINER_ and CONFIG, STORE, RUN_ID, RUN_ID_TEMPLATE, TIME_ZONE, SSM_PATH
   parameters below the path: config (TOML) or config-uri, store,
     run-id or run-id-template, time-zone, set/<key>;
-    worker-token and job-api-base-url are for `trainer work`
+    worker-token, job-api-base-url and queue are for `trainer work`;
+    AWS_S3_BUCKET (its runs/), AWS_SQS_QUEUE_URL, JOB_API_BASE_URL and WORKER_TOKEN mean the same
   tags: trainer: and config-uri, store, run-id or run-id-template, time-zone,
     ssm-path, set:<key>; where InstanceMetadataTags is enabled
 
@@ -56,7 +57,7 @@ A changed configuration file has no effect. Settings of storage apply from the f
 storage.attempts is the number of attempts per request. A complete run is left alone.
 With --nodes 1, two machines may boot one run: one trains, the other waits and takes over when
 the first is gone. Give all machines of a run the same --nodes.
-When the run is complete, on_complete.action says what happens to the machine.
+When the run is complete or at its cap, on_complete.action says what happens to the machine.
 In a container set TRAINER_POWER_OFF=host: then the host powers the machine off, not `boot`.
 
 Datasets are kept on a mounted instance store (NVMe), else in the user's cache, else in a folder
@@ -67,7 +68,8 @@ Exit codes in addition to those of `trainer run`:
   69  a service does not answer, or no GPU driver (start again)
   77  permission denied
   78  no run or configuration is named, or a wrong one
-  79  another machine still has the run after --standby")]
+  79  another machine still has the run after --standby
+  80  at its cap: --set run.max_hours=N (or max_wait_hours, max_cost) lets it go on")]
 pub struct Boot {
     /// The configuration of a new run: a TOML file, or its URI
     config: Option<String>,
@@ -83,6 +85,8 @@ pub struct Boot {
     /// Read SSM parameters below this path, such as /trainer/reports
     #[arg(long, value_name = "PATH")]
     ssm_path: Option<String>,
+    #[command(flatten)]
+    ssm: SsmArg,
     /// The store of the runs: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's]
     #[arg(long, value_name = "URI")]
     store: Option<String>,
@@ -128,13 +132,18 @@ impl Boot {
     /// Finds the run, and waits for the devices that it needs.
     fn prepare(&self, stop: &Stop) -> Result<Ready> {
         let mut steps = Steps::begin();
-        let settings = stop.block_on(boot::gather(self.layer(), &mut steps))?;
+        let Gathered { settings, passed } =
+            stop.block_on(boot::gather(self.layer(), &self.ssm.ssm_environment, &mut steps))?;
+        if !passed.is_empty() && !stop.heard().asked() {
+            return Err(passed::start_anew(&passed));
+        }
         let run_id = boot::run_id(&settings, Timestamp::now())?;
         let working_directory = store::working_directory()?;
         let named = boot::store(&settings, &working_directory)?;
 
         // An existing run needs no configuration: an unreadable one is no reason not to resume it.
-        let overrides = boot::changes(&settings.set);
+        let changes = boot::changes(&settings.set)?;
+        let overrides = changes.free.clone();
         let find = |uri: &str, reading: &StorageConfig| {
             let found = stop.block_on(open::find(uri, reading, &run_id, overrides.clone()));
             found.context(format!("look for run {run_id} in {uri}"))
@@ -149,10 +158,16 @@ impl Boot {
             found = find(&config.store, &config.storage)?;
         }
         // A machine with nothing to do needs no device, and does not wait for one.
-        let idle = matches!(found, Found::Complete(..));
+        let idle = matches!(found, Found::Complete(..) | Found::Capped(..));
         let (device, store, begin) = match (found, new) {
-            (Found::Existing(run) | Found::Complete(run, _), _) => {
-                steps.done(format_args!("run {run_id} exists in {}: resuming it", run.store.uri()));
+            (Found::Existing(run) | Found::Complete(run, _) | Found::Capped(run, _), _) => {
+                let doing = if idle { "it has ended" } else { "resuming it" };
+                steps.done(format_args!("run {run_id} exists in {}: {doing}", run.store.uri()));
+                for key in changes.without_effect(&run.config) {
+                    tracing::info!(
+                        "boot: {key} stays as the run was created; the value that this machine gives has no effect"
+                    );
+                }
                 let device = run.config.workload.parallel.device;
                 let (store, begin) = run.resume(None);
                 (device, store, begin)

@@ -26,6 +26,8 @@ Examples:
   trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3       # checks the quota
   trainer doctor --instance-type g5.xlarge --region us-east-1 --subnet subnet-1 --subnet subnet-2 \\
     --image 123456789012.dkr.ecr.us-east-1.amazonaws.com/trainer@sha256:…     # before a deployment
+  trainer doctor --ami ami-0123 --region us-east-1 --reads s3://bucket/run.toml --role arn:aws:iam::1:role/x
+  trainer doctor --gcp-project my-project --azure-location westeurope         # asks gcloud and az
 
 Exit codes: 0 if nothing failed (warnings are possible), else that of the worst failure:
   69  a service does not answer, or the machine is short of something
@@ -66,6 +68,21 @@ pub struct MachinesArg {
     /// The container image that they run
     #[arg(long, value_name = "IMAGE")]
     image: Option<String>,
+    /// The machine image of AWS that they start from: ami-…, or the SSM parameter that names one
+    #[arg(long, value_name = "AMI", value_parser = path)]
+    ami: Option<String>,
+    /// The URI of an object that they read at their start, such as the configuration; repeatable
+    #[arg(long = "reads", value_name = "URI")]
+    reads: Vec<String>,
+    /// The ARN of the role with which they read it
+    #[arg(long, value_name = "ARN", value_parser = arn)]
+    role: Option<String>,
+    /// The project on Google Cloud that they run in: gcloud is asked for its quota of GPUs
+    #[arg(long, value_name = "PROJECT", value_parser = name)]
+    gcp_project: Option<String>,
+    /// The region of Azure that they run in: az is asked for its quota of low-priority vCPUs
+    #[arg(long, value_name = "REGION", value_parser = name)]
+    azure_location: Option<String>,
 }
 
 /// These become part of requests.
@@ -75,12 +92,32 @@ fn name(text: &str) -> Result<String, String> {
     is_plain.then(|| text.to_owned()).ok_or_else(|| "expected small letters, digits, \"-\" and \".\"".into())
 }
 
+/// The same for longer names.
+fn path(text: &str) -> Result<String, String> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_./".contains(&b);
+    let is_plain = (1..=900).contains(&text.len()) && text.bytes().all(plain) && !text.starts_with('-');
+    is_plain.then(|| text.to_owned()).ok_or_else(|| "expected ami-…, or a parameter such as /aws/service/…".into())
+}
+
+fn arn(text: &str) -> Result<String, String> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_./:+=,@".contains(&b);
+    let is_role = text.starts_with("arn:aws") && text.contains(":iam::") && text.contains(":role/");
+    let is_plain = is_role && text.len() <= 600 && text.bytes().all(plain);
+    is_plain.then(|| text.to_owned()).ok_or_else(|| "expected arn:aws:iam::ACCOUNT:role/NAME".into())
+}
+
 impl Doctor {
     pub(super) fn execute(self) -> Result<ExitCode> {
         let Self { store: named, run_id, workers, machines, json, .. } = &self;
-        let MachinesArg { instance_type, region, count, subnets, image } = machines.clone();
-        if region.is_some() && instance_type.is_none() && subnets.is_empty() && image.is_none() {
-            let what = "--region needs --instance-type, --subnet or --image: what is to be checked there?";
+        let wanted = machines.clone();
+        let MachinesArg { instance_type, subnets, image, ami, .. } = &wanted;
+        let names_none = instance_type.is_none() && subnets.is_empty() && image.is_none() && ami.is_none();
+        if wanted.region.is_some() && names_none {
+            let what = "--region needs --instance-type, --subnet, --image or --ami: what is to be checked there?";
+            return Err(Error::new(Kind::Usage, what));
+        }
+        if wanted.role.is_some() && wanted.reads.is_empty() {
+            let what = "--role needs --reads: what is it to read?";
             return Err(Error::new(Kind::Usage, what));
         }
         let doctor = doctor::Doctor {
@@ -88,7 +125,18 @@ impl Doctor {
             store: named.as_deref().map(store::absolute),
             run_id: run_id.clone(),
             nproc_per_node: workers.nproc_per_node.map(Workers::count),
-            machines: Machines { instance_type, region, count, subnets, image },
+            machines: Machines {
+                instance_type: wanted.instance_type,
+                region: wanted.region,
+                count: wanted.count,
+                subnets: wanted.subnets,
+                image: wanted.image,
+                ami: wanted.ami,
+                reads: wanted.reads,
+                role: wanted.role,
+                gcp_project: wanted.gcp_project,
+                azure_location: wanted.azure_location,
+            },
         };
         let lines = store::block_on(async { Ok(doctor.look().await) })?;
         let text = if json.json { output::json_lines(&lines)? } else { shown(&lines) };

@@ -87,7 +87,7 @@ fn progress(state: &RunState, generation: Generation) -> Progress {
     }
     if let Some(end) = state.interruptions().iter().rfind(|end| end.generation == generation) {
         return Progress::Ended(End {
-            state: Standing::Interrupted,
+            state: if end.cap.is_some() { Standing::Capped } else { Standing::Interrupted },
             step: end.step,
             committed: end.committed,
             lost_steps: end.lost_steps,
@@ -280,6 +280,7 @@ mod tests {
             lost_steps: 12,
             verdict: "too few nodes".into(),
             drain: None,
+            cap: None,
         };
         let begin = || vec![created(), group(1, None, &[("a", 1), ("b", 1)])];
         let by_b = |before| changed(group(2, before, &[("b", 1)]), &[("a", "it does not answer")], &[]);

@@ -17,7 +17,7 @@ use crate::{
         rosters::{RosterView, rosters},
     },
     ids::{NodeId, Step},
-    journal::{DrainPlan, EarlyStop, FormedReason, Means, RunState},
+    journal::{DrainPlan, EarlyStop, FormedReason, Means, Reached, RunState},
     rendezvous::{
         cost::{Requests, a_day, usd_a_day},
         membership::Role,
@@ -54,8 +54,8 @@ impl Explain {
         let group = Group::of(&state, is_local);
         let text = if self.json.json {
             let mut text = output::json_lines(&episodes)?;
-            let early = history::early(&state);
-            text.push_str(&output::json_lines([&Summary { total: &total, group: group.as_ref(), early }])?);
+            let (early, cap) = (history::early(&state), state.capped());
+            text.push_str(&output::json_lines([&Summary { total: &total, group: group.as_ref(), early, cap }])?);
             text
         } else {
             let mut text = text(&episodes, &total);
@@ -79,10 +79,19 @@ struct Summary<'a> {
     /// Why the run is complete before its last step.
     #[serde(skip_serializing_if = "Option::is_none")]
     early: Option<EarlyStop>,
+    /// The cap that it has reached.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cap: Option<Reached>,
 }
 
-/// Why a run is complete before its last step, if it is; and what makes it go on.
+/// Why a run has ended before its last step, if it is complete or at its cap; and what makes it go on.
 fn ended(state: &RunState) -> String {
+    if let (Some(cap), Some(step)) = (state.capped(), history::last_step(state)) {
+        let (run_id, remedy) = (state.run_id(), cap.remedy());
+        return format!(
+            "\nat its cap after step {step}: {cap}\n   to go on: trainer resume --run-id {run_id} {remedy}\n"
+        );
+    }
     let early = history::early(state).zip(history::last_step(state));
     early.map_or_else(String::new, |(early, step)| {
         format!("\nstopped early after step {step}: {early}\n   {}\n", words::stops_later(&early))
@@ -380,6 +389,7 @@ mod tests {
                 lost_steps: 0,
                 verdict: "the last finished step is committed".into(),
                 drain: Some(Box::new(drain(Some(104.0), Some(106.6)))),
+                cap: None,
             },
             // `formed` calls generation 2 a restart after a worker's death.
             formed(3, Some((10, 1)), &[]),
@@ -446,7 +456,7 @@ nodes
 "
         );
         let episodes = episodes(&state);
-        let summary = Summary { total: &total(&state, &episodes), group: Some(&group), early: None };
+        let summary = Summary { total: &total(&state, &episodes), group: Some(&group), early: None, cap: None };
         let json: serde_json::Value = serde_json::from_str(&output::json_lines([&summary]).unwrap()).unwrap();
         assert_eq!((&json["run_id"], &json["interruptions"]), (&"first".into(), &2.into()));
         let second = &json["generations"][1];
@@ -474,7 +484,7 @@ nodes
         let (episodes, group) = (episodes(&state), Group::of(&state, false));
         let total = total(&state, &episodes);
         assert!(group.is_none());
-        let summary = output::json_lines([&Summary { total: &total, group: None, early: None }]).unwrap();
+        let summary = output::json_lines([&Summary { total: &total, group: None, early: None, cap: None }]).unwrap();
         assert_eq!(summary, output::json_lines([&total]).unwrap());
         assert_eq!(
             summary,
@@ -502,6 +512,7 @@ nodes
                 lost_steps: 12,
                 verdict: "no time".into(),
                 drain: Some(Box::new(Drain { plan: DrainPlan::StopEarly, ..drain(Some(109.0), None) })),
+                cap: None,
             },
         ]);
         let episodes = episodes(&state);

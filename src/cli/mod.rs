@@ -15,6 +15,7 @@ mod explain;
 mod export;
 mod generate;
 mod group;
+mod metrics;
 mod nodes;
 mod output;
 mod prune;
@@ -52,6 +53,7 @@ Exit codes:
   77  permission denied
   78  wrong configuration
   79  another writer has this run
+  80  at its cap (run.max_hours, run.max_wait_hours, run.max_cost)
 
 TRAINER_LOG filters the log on standard error: debug, or trainer::agent=trace,warn.";
 
@@ -76,6 +78,7 @@ enum Command {
     Status(status::Status),
     Checkpoints(checkpoints::Checkpoints),
     Explain(explain::Explain),
+    Metrics(metrics::Metrics),
     Verify(verify::Verify),
     Drain(drain::Drain),
     Wake(group::Wake),
@@ -190,6 +193,7 @@ impl Command {
             Self::Status(command) => &command.run,
             Self::Checkpoints(command) => &command.run,
             Self::Explain(command) => &command.run,
+            Self::Metrics(command) => &command.run,
             Self::Verify(command) => &command.run,
             Self::Drain(command) => &command.run,
             Self::Export(command) => &command.run,
@@ -217,6 +221,7 @@ impl Command {
             Self::Status(command) => command.execute(),
             Self::Checkpoints(command) => command.execute(),
             Self::Explain(command) => command.execute(),
+            Self::Metrics(command) => command.execute(),
             Self::Verify(command) => command.execute(),
             Self::Drain(command) => command.execute(),
             Self::Wake(command) => command.execute(),

@@ -172,6 +172,12 @@ pub(super) fn launch(
             tracing::info!("stopped before the run was created, nothing lost: run the same command again");
             Kind::Interrupted.exit_code().into()
         }
+        Outcome::Capped { cap, lost_steps: _, then } => {
+            tracing::warn!("run {named} is at its cap: {cap}");
+            tracing::warn!("to go on: {resume} {}", cap.remedy());
+            complete(&then)?;
+            Kind::Capped.exit_code().into()
+        }
         Outcome::Interrupted { lost_steps } => {
             tracing::info!("continue with: {resume}");
             let kind = if lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
@@ -184,7 +190,7 @@ pub(super) fn launch(
 const ASK_AGAIN: Duration = Duration::from_secs(60);
 const ASK_AGAIN_AT_MOST: Duration = Duration::from_secs(3600);
 
-/// Carries out the run's `on_complete` on this machine. The run is complete in any case.
+/// Carries out the run's `on_complete` on this machine. The run is complete or at its cap in any case.
 fn complete(then: &OnComplete) -> Result<()> {
     match then.action {
         CompleteAction::Exit => Ok(()),

@@ -11,11 +11,11 @@ use super::{
     nodes, output, store,
 };
 use crate::{
-    config::{self, Cadence, RunConfig, TrainTask},
+    config::{self, Cadence, CapsConfig, RunConfig, TrainTask},
     error::{Error, Kind, Result},
-    history::{self, Checkpoint, HeldOut, Interruption, Standing},
+    history::{self, Checkpoint, HeldOut, Interruption, Standing, spent::Spent},
     ids::{Generation, RunId, Step, WorldSize},
-    journal::{Formation, Outcome, RunState},
+    journal::{Formation, Outcome, RunState, Speed},
     rendezvous::overview::{self, Overview, Sighting},
     report::human,
     storage::Store,
@@ -52,6 +52,12 @@ struct Report<'a> {
     /// Why the run is complete before its last step.
     #[serde(skip_serializing_if = "Option::is_none")]
     early: Option<String>,
+    /// The cap that it has reached, and what lets it go on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cap: Option<String>,
+    /// What it has taken so far, of what its caps allow.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    spent: Vec<String>,
     generation: Generation,
     world_size: Option<WorldSize>,
     /// Of a run with several nodes.
@@ -64,6 +70,9 @@ struct Report<'a> {
     /// The newest checkpoint whose held-out loss was measured, and the one with the lowest.
     #[serde(skip_serializing_if = "Option::is_none")]
     held_out: Option<HeldOut>,
+    /// As last recorded with a checkpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    speed: Option<Recorded>,
     /// From the newest checkpoint to `step`.
     lag_steps: u64,
     checkpoints: usize,
@@ -74,6 +83,53 @@ struct Report<'a> {
     last_activity: Timestamp,
     overrides: Vec<(String, String)>,
     config: RunConfig,
+}
+
+/// How fast the run was.
+#[derive(Debug, Serialize)]
+struct Recorded {
+    /// At this step.
+    step: Step,
+    #[serde(flatten)]
+    speed: Speed,
+}
+
+impl Recorded {
+    /// The newest of the run's current line.
+    fn of(state: &RunState) -> Option<Self> {
+        let committed = state.candidates().into_iter().map(|checkpoint| &checkpoint.committed);
+        let mut found = committed.filter_map(|it| Some(Self { step: it.step, speed: Speed::of(&it.metrics)? }));
+        found.next()
+    }
+
+    fn text(&self) -> String {
+        let Self { step, speed } = self;
+        let share = |seconds: f64| format!("{:.0}%", 100.0 * seconds / speed.step_s.max(1e-9));
+        let mut text = format!(
+            "{} tokens/s at step {step}; of {} a step, data {}, forward {}, backward {}, reduction {}, optimizer {}, \
+             capture {}",
+            human::count(speed.tokens_per_s),
+            human::seconds(speed.step_s),
+            share(speed.data_s),
+            share(speed.forward_s),
+            share(speed.backward_s),
+            share(speed.reduce_s),
+            share(speed.optimizer_s),
+            share(speed.capture_s),
+        );
+        if let Some(mfu) = speed.mfu {
+            text += &format!("; {:.1}% of the devices' peak", 100.0 * mfu);
+        }
+        // Whole bytes.
+        let bytes = |bytes: f64| human::bytes(bytes as u64);
+        if let Some(device) = speed.device_peak_bytes {
+            text += &format!("; at most {} of a GPU", bytes(device));
+        }
+        if let Some(host) = speed.host_peak_bytes {
+            text += &format!("; at most {} of host memory a worker", bytes(host));
+        }
+        text
+    }
 }
 
 impl Status {
@@ -126,7 +182,9 @@ fn may_have_nodes(state: &RunState) -> bool {
     match Standing::of(state) {
         Standing::Completed | Standing::Failed => false,
         Standing::Created => true,
-        Standing::InProgress | Standing::Interrupted => state.formed().is_some_and(Formation::is_of_several),
+        Standing::InProgress | Standing::Interrupted | Standing::Capped => {
+            state.formed().is_some_and(Formation::is_of_several)
+        }
     }
 }
 
@@ -148,8 +206,11 @@ impl<'a> Report<'a> {
                 Outcome::Failed { reason, .. } => Some(reason),
                 Outcome::Open | Outcome::Completed { .. } => None,
             },
+            cap: state.capped().map(|cap| format!("{cap}; to go on: trainer resume with {}", cap.remedy())),
+            spent: spent(state, &config, now),
             early: history::early(state).map(|early| format!("stopped early: {early}")),
             held_out: HeldOut::of(state),
+            speed: Recorded::of(state),
             generation: state.generation(),
             world_size: state.formed().map(|formed| formed.world_size),
             group: may_have_nodes(state).then(|| overview::overview(state.formed(), seen, now, mixed)).flatten(),
@@ -188,8 +249,12 @@ impl<'a> Report<'a> {
         if let Some(held_out) = &self.held_out {
             lines.push(("held out", held_out.to_string()));
         }
+        if let Some(speed) = &self.speed {
+            lines.push(("speed", speed.text()));
+        }
         let count = human::plural(self.interruptions.len() as u64, "interruption");
         lines.push(("lost", format!("{} in {count}", human::plural(self.lost_steps, "step"))));
+        lines.extend(self.spent.iter().map(|spent| ("spent", spent.clone())));
         for (key, value) in &self.overrides {
             lines.push(("changed", format!("{key} = {value}")));
         }
@@ -212,7 +277,7 @@ impl<'a> Report<'a> {
 
     fn state_text(&self, now: Timestamp) -> String {
         let when = human::ago(self.last_activity, now);
-        match (self.state, self.failure.or(self.early.as_deref())) {
+        match (self.state, self.failure.or(self.early.as_deref()).or(self.cap.as_deref())) {
             (Standing::InProgress, _) => format!("in progress, last heard of {when}"),
             (state, Some(reason)) => format!("{} {when}: {reason}", state.word()),
             (state, None) => format!("{} {when}", state.word()),
@@ -232,6 +297,14 @@ impl<'a> Report<'a> {
             ),
         }
     }
+}
+
+/// What a run has taken so far, if it has caps or a price. A run that goes on takes more than its journal shows yet.
+fn spent(state: &RunState, config: &RunConfig, now: Timestamp) -> Vec<String> {
+    // A run that is over waits for nobody.
+    let ended = matches!(Standing::of(state), Standing::Completed | Standing::Failed);
+    let now = if ended { state.last_activity().0 } else { now };
+    if config.run == CapsConfig::default() { Vec::new() } else { Spent::of(state, now).lines(&config.run) }
 }
 
 fn saving(every: Cadence) -> String {

@@ -37,14 +37,16 @@ fn options_are_added_on_purpose_only() {
 trainer run: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --nproc-per-node --nodes --wait --set --json
 trainer resume: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --from --nproc-per-node --nodes --wait \
 --set --json
-trainer boot: CONFIG --run-id --run-id-template --time-zone --ssm-path --store --nproc-per-node --nodes --wait --set \
---standby --device-wait --json
+trainer boot: CONFIG --run-id --run-id-template --time-zone --ssm-path --ssm-environment (TRAINER_SSM_ENVIRONMENT) \
+--store --nproc-per-node --nodes --wait --set --standby --device-wait --json
 trainer work: --queue (TRAINER_QUEUE) --store (TRAINER_STORE) --allow (TRAINER_ALLOW) --nproc-per-node --idle-exit \
---once --lease --max-hold --terminate-when-idle --device-wait --ssm-path (TRAINER_SSM_PATH) --json
+--once --lease --max-hold --terminate-when-idle --device-wait --ssm-path (TRAINER_SSM_PATH) \
+--ssm-environment (TRAINER_SSM_ENVIRONMENT) --json
 trainer runs: --store (TRAINER_STORE) --json
 trainer status: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --watch --json
 trainer checkpoints: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer explain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
+trainer metrics: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json --csv --parquet --tensorboard
 trainer verify: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --all --deep --json
 trainer drain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --no-wait --json
 trainer wake: --group (TRAINER_GROUP) --region --queue (TRAINER_QUEUE) --machines --release --json
@@ -56,7 +58,7 @@ trainer generate: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --pro
 trainer prune: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --keep-last --keep-every --keep-best --damaged \
 --dry-run --json
 trainer doctor: CONFIG --store (TRAINER_STORE) --run-id (TRAINER_RUN_ID) --nproc-per-node --instance-type --region \
---count --subnet --image --json
+--count --subnet --image --ami --reads --role --gcp-project --azure-location --json
 trainer simulate: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --trace --mtbf --lifetimes --nodes \
 --elastic --reform --together --wait --stall --durable --restart --notice --notice-share --work --step-time \
 --every --on-demand-price --spot-price --reserved-price --trials --seed --json

@@ -5,19 +5,23 @@ use std::{process::ExitCode, sync::Arc, time::Duration};
 use clap::Args;
 
 use super::{
-    args::{JsonArg, WorkersArg},
+    args::{JsonArg, SsmArg, WorkersArg},
     boot::duration,
     output, run, store,
 };
 use crate::{
-    boot::stop::Stop,
+    boot::{
+        self, passed,
+        settings::{Config, Layer},
+        stop::Stop,
+    },
     cloud::{
         leave::{self, Departure},
         sqs::LONGEST_HOLD,
-        ssm::{self, Parameter},
+        ssm,
     },
     config, env,
-    error::{Kind, Result},
+    error::{Error, Kind, Result},
     notice,
     queue::{self, Left, Said, Settings, Tools, allow::Allowed, api, lease::Terms},
     report::{self, Reporter, Screen},
@@ -44,9 +48,9 @@ If the job's store or data does not answer, a request is tried storage.attempts 
 (default 10, about 15 s; the job's configuration or \"set\" may change it).
 Then the job returns to the queue after a --lease.")]
 pub struct Work {
-    /// The queue's URL
+    /// The queue's URL [default: the SSM parameter queue or AWS_SQS_QUEUE_URL]
     #[arg(long, env = "TRAINER_QUEUE", value_name = "URL", hide_env_values = true)]
-    queue: String,
+    queue: Option<String>,
     /// The store of runs whose jobs name none: s3://bucket/prefix, gs://…, az://…, file://path
     #[arg(long, env = "TRAINER_STORE", value_name = "URI", hide_env_values = true)]
     store: Option<String>,
@@ -84,23 +88,40 @@ pub struct Work {
     /// How long to wait for the NVIDIA driver on a machine with GPUs, before the first job
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
     device_wait: Duration,
-    /// Read the job API's address and token from the SSM parameters job-api-base-url and worker-token below this path,
-    /// if the environment has none
+    /// Read the SSM parameters queue, store, config-uri, job-api-base-url and worker-token below this path, if neither
+    /// a flag nor the environment has them. AWS_SQS_QUEUE_URL, AWS_S3_BUCKET (its runs/), JOB_API_BASE_URL and
+    /// WORKER_TOKEN are understood, too
     #[arg(long, env = "TRAINER_SSM_PATH", value_name = "PATH", hide_env_values = true)]
     ssm_path: Option<String>,
+    #[command(flatten)]
+    ssm: SsmArg,
     #[command(flatten)]
     json: JsonArg,
 }
 
 /// A variable of the environment; two of them may also come from a parameter.
-fn variable(parameters: &[Parameter], name: &str) -> Option<String> {
-    let parameter = match name {
-        api::BASE_URL => "job-api-base-url",
-        api::TOKEN => "worker-token",
-        _ => "",
-    };
+fn variable(parameters: &Layer, name: &str) -> Option<String> {
     let given = env::text(name).filter(|value| !value.trim().is_empty());
-    given.or_else(|| Some(parameters.iter().find(|it| it.name == parameter)?.value.reveal().to_owned()))
+    given.or_else(|| match name {
+        api::BASE_URL => parameters.job_api.as_ref().map(|given| given.value.clone()),
+        api::TOKEN => parameters.worker_token.as_ref().map(|given| given.value.reveal().to_owned()),
+        _ => None,
+    })
+}
+
+/// The queue's URL, of the flag or else of a parameter, whose value is shown by no error: it may be a secret, put there
+/// by mistake.
+fn queue_of(flag: Option<String>, parameters: &Layer) -> Result<String> {
+    match (flag, &parameters.queue) {
+        (Some(url), _) => Ok(url),
+        (None, Some(given)) if given.value.starts_with("https://") || given.value.starts_with("http://") => {
+            Ok(given.value.clone())
+        }
+        (None, Some(given)) => Err(Error::new(Kind::Config, format!("{} is not a queue's URL", given.origin))),
+        (None, None) => Err(Error::new(Kind::Usage, "no queue is named").with_hint(
+            "give --queue, TRAINER_QUEUE, or with --ssm-path the parameter queue or AWS_SQS_QUEUE_URL below it",
+        )),
+    }
 }
 
 /// When a consumer exits.
@@ -143,21 +164,37 @@ impl Work {
             }
         });
         let stop = Stop::listen()?;
+        let patterns = &self.ssm.ssm_environment;
         let parameters = match &self.ssm_path {
-            Some(path) => match stop.block_on(ssm::parameters(path)) {
-                Err(_) if stop.heard().asked() => return Ok(Kind::Interrupted.exit_code().into()),
-                parameters => parameters?,
-            },
-            None => Vec::new(),
+            Some(path) => {
+                let path = path.trim_end_matches('/');
+                let parameters = match stop.block_on(ssm::parameters(path)) {
+                    Err(_) if stop.heard().asked() => return Ok(Kind::Interrupted.exit_code().into()),
+                    parameters => parameters?,
+                };
+                let chosen = passed::choose(patterns, &parameters, &|name| env::raw(name).is_some())?;
+                if !chosen.is_empty() && !stop.heard().asked() {
+                    return Err(passed::start_anew(&chosen));
+                }
+                stop.block_on(boot::understood(path, parameters, patterns))?
+            }
+            None if !patterns.is_empty() => {
+                return Err(Error::new(Kind::Usage, "--ssm-environment needs --ssm-path: there are no parameters"));
+            }
+            None => Layer::default(),
         };
-        let parameter = parameters.iter().find(|it| it.name == "config-uri").map(|it| it.value.reveal().to_owned());
+        let parameter = parameters.config.as_ref().and_then(|given| match &given.value {
+            Config::Place(place) => Some(place.clone()),
+            Config::Toml(_) => None,
+        });
         let configuration = env::text("TRAINER_CONFIG").or(parameter);
         let cwd = store::working_directory()?;
-        let allowed = Allowed::new(&self.allow, self.store.as_deref(), configuration.as_deref(), &cwd)?;
+        let store = self.store.or_else(|| parameters.store.as_ref().map(|given| given.value.clone()));
+        let allowed = Allowed::new(&self.allow, store.as_deref(), configuration.as_deref(), &cwd)?;
         let settings = Settings {
             allowed,
-            queue: self.queue,
-            store: self.store,
+            queue: queue_of(self.queue, &parameters)?,
+            store,
             workers: self.workers.nproc_per_node.map(|workers| (workers.setting(), workers.count())),
             idle_exit: self.idle_exit.0,
             once: self.once,
@@ -190,6 +227,25 @@ impl Work {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_queue_is_named_by_the_flag_or_by_a_parameter() {
+        let parameter = |value: &str| {
+            let value = crate::cloud::ssm::Parameter {
+                name: "AWS_SQS_QUEUE_URL".into(),
+                value: crate::cloud::ssm::Secret::new(value),
+            };
+            Layer::from_parameters("/p", vec![value]).unwrap().0
+        };
+        let named = parameter("https://sqs/1/jobs");
+        assert_eq!(queue_of(Some("https://flag".into()), &named).unwrap(), "https://flag");
+        assert_eq!(queue_of(None, &named).unwrap(), "https://sqs/1/jobs");
+        let error = queue_of(None, &parameter("hunter2")).unwrap_err();
+        assert!(error.kind() == Kind::Config && error.to_string().contains("/p/AWS_SQS_QUEUE_URL"), "{error}");
+        assert!(!error.to_string().contains("hunter2"));
+        let error = queue_of(None, &Layer::default()).unwrap_err();
+        assert!(error.kind() == Kind::Usage && error.hint().unwrap().contains("AWS_SQS_QUEUE_URL"), "{error}");
+    }
 
     #[test]
     fn times_stay_within_the_limits_of_sqs() {

@@ -4,6 +4,7 @@
 //! control plane is asked through the AWS SDK with the credentials of its default chain; no other module but the
 //! storage layer knows the SDK. Nothing here is stored, and nothing here starts or stops a machine unless its
 //! documentation says so.
+pub mod ami;
 pub mod autoscaling;
 pub mod aws;
 pub mod azure;
@@ -20,6 +21,7 @@ pub mod leave;
 pub mod lifecycle;
 pub mod metadata;
 pub mod network;
+pub mod permission;
 pub mod power;
 pub mod quota;
 pub mod region;

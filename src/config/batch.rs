@@ -130,6 +130,12 @@ impl Spread {
         Passes { sequences, count }
     }
 
+    /// The passes of the rank that has the most.
+    pub fn most_passes(self) -> usize {
+        // The last rank has the larger share.
+        self.passes(Rank(self.world.get() - 1)).iter().count()
+    }
+
     /// Sequences in the largest pass of any rank.
     pub fn largest_pass(self) -> u32 {
         // There are two sizes of shares, and the last rank has the larger one, the first the smaller.

@@ -3,15 +3,15 @@
 use toml::Value;
 
 use super::{
-    ALL_LINEAR, CheckpointConfig, ConfigError, DataConfig, EarlyStopping, Keep, ModelConfig, ModelKind, NetworkConfig,
-    NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig,
-    TrainConfig, TrainTask,
+    ALL_LINEAR, CapsConfig, CheckpointConfig, ConfigError, DataConfig, EarlyStopping, Keep, ModelConfig, ModelKind,
+    NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, RestartConfig, RunConfig, ScheduleConfig,
+    StorageConfig, TrainConfig, TrainTask,
     error::Origin,
     own,
     raw::Raw,
     resolve::{
-        self, ACTIONS, DEFAULT_ALPHA, DEVICES, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES,
-        TOKENIZER_RULES,
+        self, ACTIONS, ACTIVATIONS, DEFAULT_ALPHA, DEVICES, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES,
+        SPARE_TIME, STRATEGIES, TOKENIZER_RULES,
     },
     text,
 };
@@ -44,6 +44,8 @@ pub fn effect(key: &str) -> Effect {
         | "parallel.nproc_per_node"
         | "parallel.device"
         | "parallel.mixed"
+        | "train.activations"
+        | "parallel.peak_tflops"
         | "data.validation_every"
         | "train.early_stopping.patience"
         | "train.early_stopping.min_delta" => Effect::Free,
@@ -135,6 +137,30 @@ pub fn names(overrides: &[(String, String)], key: &str) -> Result<bool, ConfigEr
     Ok(raw.origin(key) == Origin::Set)
 }
 
+/// Of these overrides, those that a run keeps for life (`.0`) and all others (`.1`).
+///
+/// # Errors
+/// On unknown keys.
+pub fn kept(overrides: &[(String, String)]) -> Result<(Vec<(String, String)>, Vec<(String, String)>), ConfigError> {
+    let mut raw = Raw::defaults()?;
+    for (key, value) in overrides {
+        raw.add_set(key, value)?;
+    }
+    Ok(overrides.iter().cloned().partition(|(key, _)| matches!(effect(key), Effect::Fixed(_))))
+}
+
+/// Whether `config`, of an existing run, has the very value that this override of a fixed key gives. `false` also where
+/// that can't be told from the text: of a model's description, which the run has as its content.
+pub fn has_value(config: &RunConfig, key: &str, value: &str) -> bool {
+    let mut raw = match Raw::defaults() {
+        Ok(raw) => raw,
+        Err(_) => return false,
+    };
+    let is_set = raw.add_set(key, value).is_ok();
+    let current = settings(config).into_iter().find(|(name, _)| *name == key);
+    is_set && current.is_some_and(|(_, current)| current.to_string() == raw.given(key))
+}
+
 /// The settings for reading a run's store before the run's own settings, which are in that very store, are known: those
 /// of these overrides. S3's settings for written objects are left out: the run decides on them, and nothing is written
 /// by then.
@@ -155,7 +181,7 @@ pub fn reading_settings(overrides: &[(String, String)]) -> Result<StorageConfig,
 /// Every setting by its full key, as TOML, in the order of `default.toml`. `model.config` is the JSON itself, as text.
 pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     // Destructured without `..`: a new field that is not listed here does not compile.
-    let RunConfig { store, workload, checkpoint, notice, on_complete, restart, storage, network } = config;
+    let RunConfig { store, workload, checkpoint, notice, run, on_complete, restart, storage, network } = config;
     let TrainTask { model, data, train, parallel } = workload;
     let ModelConfig { kind, config: model_config, init_from, lora } = model;
     let DataConfig { train: data_train, tokenizer, sequence_length, validation_every, validation_sequences } = data;
@@ -166,7 +192,10 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         max_micro_batch,
         seed,
         precision,
+        activations,
         threads,
+        fused,
+        deterministic,
         optimizer,
         schedule,
         early_stopping,
@@ -174,7 +203,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let EarlyStopping { patience, min_delta } = early_stopping.unwrap_or(EarlyStopping { patience: 0, min_delta: 0.0 });
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
-    let ParallelConfig { strategy, nproc_per_node, device, bucket_mib, mixed } = parallel;
+    let ParallelConfig { strategy, nproc_per_node, device, bucket_mib, mixed, peak_tflops } = parallel;
     let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, slots, price_per_gib_month } =
         checkpoint;
     let NoticeConfig {
@@ -187,6 +216,8 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         lifecycle_hook,
     } = notice;
     let auto = |window: &Option<_>| word(&window.map_or_else(|| "auto".into(), text::format_duration));
+    let CapsConfig { max_hours, max_wait_hours, max_cost, price_per_hour } = run;
+    let cap = |cap: &Option<f64>| cap.map_or_else(|| word("none"), Value::Float);
     let OnComplete { action } = on_complete;
     let RestartConfig { max, same_step, backoff, hang } = restart;
     let StorageConfig { concurrency, part_mib, attempts, max_upload_mib_per_s, encryption, kms_key_id, storage_class } =
@@ -221,7 +252,10 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("train.max_micro_batch", whole(*max_micro_batch)),
         ("train.seed", whole(*seed)),
         ("train.precision", word(name_of(PRECISIONS, *precision))),
+        ("train.activations", word(name_of(ACTIVATIONS, *activations))),
         ("train.threads", whole(*threads)),
+        ("train.fused", Value::Boolean(*fused)),
+        ("train.deterministic", Value::Boolean(*deterministic)),
         ("train.optimizer.kind", word("adamw")),
         ("train.optimizer.lr", Value::Float(*lr)),
         ("train.optimizer.betas", Value::Array(betas.iter().copied().map(Value::Float).collect())),
@@ -238,6 +272,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("parallel.device", word(name_of(DEVICES, *device))),
         ("parallel.bucket_mib", whole(*bucket_mib)),
         ("parallel.mixed", Value::Boolean(*mixed)),
+        ("parallel.peak_tflops", peak_tflops.map_or_else(|| word("auto"), whole)),
         ("checkpoint.every", word(&text::format_cadence(*every))),
         ("checkpoint.scrub", word(&scrub.map_or_else(|| "never".into(), text::format_duration))),
         ("checkpoint.slots", whole(slots.get())),
@@ -252,6 +287,10 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("notice.usr1_window", auto(usr1_window)),
         ("notice.preemption_window", auto(preemption_window)),
         ("notice.lifecycle_hook", word(lifecycle_hook)),
+        ("run.max_hours", cap(max_hours)),
+        ("run.max_wait_hours", cap(max_wait_hours)),
+        ("run.max_cost", cap(max_cost)),
+        ("run.price_per_hour", cap(price_per_hour)),
         ("on_complete.action", word(name_of(ACTIONS, *action))),
         ("restart.max", whole(*max)),
         ("restart.same_step", whole(*same_step)),

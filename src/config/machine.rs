@@ -80,6 +80,7 @@ mod tests {
             device: Device::Auto,
             bucket_mib: 25,
             mixed: false,
+            peak_tflops: None,
         };
         let machine = |gpus| Machine { cores: 8, gpus };
         assert_eq!(workers_per_node(&parallel(Some(2)), Some(4), &machine(8)), 4);

@@ -7,6 +7,7 @@
 //! record; fields may be added with a serde default, never renamed.
 
 mod batch;
+mod caps;
 mod change;
 mod early_stopping;
 mod error;
@@ -34,9 +35,10 @@ use serde::{Deserialize, Serialize};
 use crate::ids::SlotCount;
 
 pub use batch::{Pass, Passes, Shares, Spread, divisor, share};
+pub use caps::{CapsConfig, HOUR_S};
 pub use change::{
-    Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, names, reading_settings,
-    settings,
+    Difference, Effect, apply_overrides, canonical_overrides, diff, effect, has_value, is_mathematical, kept, names,
+    reading_settings, settings,
 };
 pub use early_stopping::EarlyStopping;
 pub use error::{ConfigError, Origin};
@@ -49,8 +51,8 @@ pub use text::{
     read_small, undialable, without_bom,
 };
 pub use workload::{
-    ALL_LINEAR, BaseFile, DataConfig, Device, LoraConfig, ModelConfig, ModelKind, OptimizerConfig, OwnTask,
-    ParallelConfig, Precision, ScheduleConfig, ScheduleKind, Strategy, TokenizerRule, TrainConfig, TrainTask,
+    ALL_LINEAR, Activations, BaseFile, DataConfig, Device, LoraConfig, ModelConfig, ModelKind, OptimizerConfig,
+    OwnTask, ParallelConfig, Precision, ScheduleConfig, ScheduleKind, Strategy, TokenizerRule, TrainConfig, TrainTask,
 };
 
 /// A run's resolved configuration. Stored in the journal's `created` record.
@@ -65,6 +67,10 @@ pub struct RunConfig {
     pub checkpoint: CheckpointConfig,
     /// The sources of notices.
     pub notice: NoticeConfig,
+    /// When the run ends before its last step, for want of time or money. Runs without caps don't store it, as those
+    /// before it was a setting.
+    #[serde(default, skip_serializing_if = "CapsConfig::is_default")]
+    pub run: CapsConfig,
     /// The action after the last step is committed.
     pub on_complete: OnComplete,
     /// The agent's response when a worker dies.

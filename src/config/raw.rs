@@ -252,6 +252,20 @@ impl Raw {
         })
     }
 
+    /// `word` (gives `None`), or a finite number that `allowed` accepts.
+    pub fn word_or_number(
+        &self,
+        key: &str,
+        word: &str,
+        allowed: impl Fn(f64) -> bool,
+        expected: &str,
+    ) -> Result<Option<f64>, ConfigError> {
+        if self.value(key)?.as_str() == Some(word) {
+            return Ok(None);
+        }
+        self.number(key, allowed, format!("{word:?}, or {expected}")).map(Some)
+    }
+
     /// `auto`, a count of steps or a duration.
     pub fn cadence(&self, key: &str) -> Result<Cadence, ConfigError> {
         self.value(key)?.as_str().and_then(text::parse_cadence).ok_or_else(|| {

@@ -10,10 +10,10 @@ use serde_json::Value as Json;
 use toml::Value;
 
 use super::{
-    ALL_LINEAR, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, LoraConfig,
-    Machine, ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig,
-    Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule,
-    TrainConfig, TrainTask, early_stopping, error::Origin, own, raw::Raw, text, workers_per_node,
+    ALL_LINEAR, Activations, CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep,
+    LoraConfig, Machine, ModelConfig, ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig,
+    ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy,
+    TokenizerRule, TrainConfig, TrainTask, caps, early_stopping, error::Origin, own, raw::Raw, text, workers_per_node,
 };
 use crate::{
     error::{Error, Kind},
@@ -35,7 +35,10 @@ pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("decoder", ModelKind::De
 pub(super) const TOKENIZER_RULES: &[(&str, TokenizerRule)] =
     &[("same", TokenizerRule::Same), ("differs", TokenizerRule::Differs)];
 pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];
-pub(super) const STRATEGIES: &[(&str, Strategy)] = &[("ddp", Strategy::Ddp), ("zero1", Strategy::Zero1)];
+pub(super) const STRATEGIES: &[(&str, Strategy)] =
+    &[("ddp", Strategy::Ddp), ("zero1", Strategy::Zero1), ("shard", Strategy::Shard)];
+pub(super) const ACTIVATIONS: &[(&str, Activations)] =
+    &[("keep", Activations::Keep), ("block", Activations::Block), ("auto", Activations::Auto)];
 pub(super) const DEVICES: &[(&str, Device)] = &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)];
 pub(super) const SCHEDULES: &[(&str, ScheduleKind)] =
     &[("cosine", ScheduleKind::Cosine), ("linear", ScheduleKind::Linear), ("constant", ScheduleKind::Constant)];
@@ -129,6 +132,7 @@ pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
         },
         checkpoint: checkpoint(&raw)?,
         notice: notice(&raw, sources.working_directory)?,
+        run: caps::read(&raw)?,
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
         restart: restart(&raw)?,
         storage: storage(&raw)?,
@@ -196,6 +200,7 @@ pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> R
         },
         checkpoint: checkpoint(raw)?,
         notice: notice(raw, working_directory)?,
+        run: caps::read(raw)?,
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
         restart: restart(raw)?,
         storage: storage(raw)?,
@@ -250,11 +255,41 @@ fn check(config: &RunConfig) -> Result<(), ConfigError> {
                 .into(),
         ));
     }
+    check_stages(&config.workload)?;
     let NetworkConfig { port, store_port, .. } = config.network;
     if port != 0 && port == store_port {
         return Err(ConfigError::Together(format!(
             "network.port and network.store_port are both {port}: give one of them another port, or 0"
         )));
+    }
+    Ok(())
+}
+
+/// What is computed block by block needs a model that has blocks.
+fn check_stages(task: &TrainTask) -> Result<(), ConfigError> {
+    let refused = |what: String| Err(ConfigError::Together(what));
+    let shard = task.parallel.strategy == Strategy::Shard;
+    if let Some(own) = task.model.task() {
+        let name = own.name;
+        if shard {
+            return refused(format!(
+                "parallel.strategy = \"shard\" works block by block, and task.name = {name:?} has no blocks: set \
+                 parallel.strategy = \"zero1\""
+            ));
+        }
+        if task.train.activations == Activations::Block {
+            return refused(format!(
+                "train.activations = \"block\" works block by block, and task.name = {name:?} has no blocks: set \
+                 train.activations = \"keep\""
+            ));
+        }
+    }
+    if shard && task.model.lora.is_some() {
+        return refused(
+            "parallel.strategy = \"shard\" divides the weights that are trained, and with model.lora.rank these are \
+             the small adapters alone: set parallel.strategy = \"zero1\""
+                .into(),
+        );
     }
     Ok(())
 }
@@ -401,7 +436,10 @@ fn train(raw: &Raw, auto_threads: Option<u32>) -> Result<TrainConfig, ConfigErro
         max_micro_batch: raw.whole("train.max_micro_batch", 1..=u32::MAX)?,
         seed: raw.whole("train.seed", 0..=u64::MAX)?,
         precision: raw.choice("train.precision", PRECISIONS)?,
+        activations: raw.choice("train.activations", ACTIVATIONS)?,
         threads,
+        fused: raw.flag("train.fused")?,
+        deterministic: raw.flag("train.deterministic")?,
         optimizer: OptimizerConfig {
             lr: raw.number("train.optimizer.lr", |n| n > 0.0, "a number above 0")?,
             betas: raw.numbers("train.optimizer.betas", share, "two numbers, each at least 0 and below 1")?,
@@ -433,6 +471,7 @@ fn parallel(raw: &Raw) -> Result<ParallelConfig, ConfigError> {
         device: raw.choice("parallel.device", DEVICES)?,
         bucket_mib: raw.whole("parallel.bucket_mib", 1..=65_536)?,
         mixed: raw.flag("parallel.mixed")?,
+        peak_tflops: raw.word_or_whole("parallel.peak_tflops", "auto", 1..=1_000_000)?,
     })
 }
 

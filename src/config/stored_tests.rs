@@ -78,3 +78,26 @@ fn epochs_become_steps_once_the_data_is_known() {
     let stored = serde_json::to_value(load_least("").unwrap()).unwrap();
     assert!(stored["train"].get("epochs").is_none(), "{stored}");
 }
+
+#[test]
+fn a_run_from_before_fused_functions_keeps_its_digits_and_a_new_one_has_them() {
+    let config = load_least("").unwrap();
+    let stored = serde_json::to_value(&config).unwrap();
+    assert_eq!((config.workload.train.fused, config.workload.train.deterministic), (true, true));
+    assert_eq!((&stored["train"]["fused"], stored["train"].get("deterministic")), (&serde_json::json!(true), None));
+    let mut older = stored;
+    older["train"].as_object_mut().unwrap().remove("fused");
+    let older: RunConfig = serde_json::from_value(older).unwrap();
+    assert_eq!((older.workload.train.fused, older.workload.train.deterministic), (false, true));
+    // A resume reads all settings again.
+    let set = |key: &str, value: &str| apply_overrides(&older, &[(key.to_owned(), value.to_owned())]).unwrap();
+    assert!(!set("checkpoint.keep.last", "9").workload.train.fused);
+    let changed = set("train.deterministic", "false");
+    assert!(!changed.workload.train.deterministic && !changed.workload.train.fused);
+    let again: RunConfig = serde_json::from_value(serde_json::to_value(&changed).unwrap()).unwrap();
+    assert_eq!(again, changed);
+    for key in ["train.fused", "train.deterministic"] {
+        assert_eq!(effect(key), Effect::Mathematical);
+    }
+    assert!(set("train.fused", "true").workload.train.fused);
+}

@@ -109,7 +109,10 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                     max_micro_batch: 8,
                     seed: 1234,
                     precision: Precision::Fp32,
+                    activations: Activations::Keep,
                     threads: 8,
+                    fused: true,
+                    deterministic: true,
                     optimizer: OptimizerConfig {
                         lr: 3e-4,
                         betas: [0.9, 0.95],
@@ -125,7 +128,8 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                     nproc_per_node: None,
                     device: crate::config::Device::Auto,
                     bucket_mib: 25,
-                    mixed: false
+                    mixed: false,
+                    peak_tflops: None,
                 },
             },
             checkpoint: CheckpointConfig {
@@ -136,6 +140,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                 price_per_gib_month: 0.023,
             },
             notice: NoticeConfig::default(),
+            run: CapsConfig::default(),
             on_complete: OnComplete { action: CompleteAction::Exit },
             restart: RestartConfig { max: 10, same_step: 3, backoff: Duration::from_secs(1), hang: None },
             storage: StorageConfig::plain(16, 16),
@@ -152,7 +157,7 @@ fn what_is_computed_is_stored_in_sections_of_the_run() {
         serde_json::to_string(value).unwrap()
     }
     let config = load_least("").unwrap();
-    let RunConfig { store, workload, checkpoint, notice, on_complete, restart, storage, network: _ } = &config;
+    let RunConfig { store, workload, checkpoint, notice, on_complete, restart, storage, network: _, run: _ } = &config;
     let TrainTask { model, data, train, parallel } = workload;
     let sections = [
         ("store", json(store)),
@@ -217,8 +222,8 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         (
             "'qqq.qqq' = 1",
             "run.toml:3: unknown key \"qqq.qqq\"",
-            "there are checkpoint, data, model, network, notice, on_complete, parallel, restart, storage, store, task, \
-             train",
+            "there are checkpoint, data, model, network, notice, on_complete, parallel, restart, run, storage, store, \
+             task, train",
         ),
         ("train.steps = 0", "run.toml:3: train.steps = 0: expected a whole number from 1 to 2199023255551", ""),
         ("train.steps = -1", "run.toml:3: train.steps = -1: expected a whole number from 1 to 2199023255551", ""),
@@ -231,8 +236,8 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "train = 5",
-            "run.toml:3: train = 5: expected a table with early_stopping.min_delta, \
-            early_stopping.patience, epochs, global_batch, max_micro_batch, optimizer.betas, optimizer.eps, \
+            "run.toml:3: train = 5: expected a table with activations, deterministic, early_stopping.min_delta, \
+            early_stopping.patience, epochs, fused, global_batch, max_micro_batch, optimizer.betas, optimizer.eps, \
             optimizer.grad_clip, optimizer.kind, optimizer.lr, optimizer.weight_decay, precision, schedule.kind, \
             schedule.min_lr_ratio, schedule.warmup_steps, seed, steps, threads",
             "",
@@ -278,7 +283,16 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
             "run.toml:3: data.sequence_length = 0: expected a whole number from 1 to 1048576",
             "",
         ),
-        ("parallel.strategy = 'fsdp'", "run.toml:3: parallel.strategy = \"fsdp\": expected \"ddp\" or \"zero1\"", ""),
+        (
+            "parallel.strategy = 'fsdp'",
+            "run.toml:3: parallel.strategy = \"fsdp\": expected \"ddp\", \"zero1\" or \"shard\"",
+            "",
+        ),
+        (
+            "train.activations = 'none'",
+            "run.toml:3: train.activations = \"none\": expected \"keep\", \"block\" or \"auto\"",
+            "",
+        ),
         (
             "checkpoint.every = 500",
             "run.toml:3: checkpoint.every = 500: expected \"auto\", a count of steps such as \"500 steps\", or a \

@@ -164,8 +164,18 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Arithmetic of forward and backward.
     pub precision: Precision,
+    /// What is kept of a forward pass. Stored only if it is not everything.
+    #[serde(default, skip_serializing_if = "Activations::is_keep")]
+    pub activations: Activations,
     /// Compute threads of one worker on a CPU. Part of the mathematics: sums are split over threads.
     pub threads: u32,
+    /// Whether functions of one pass replace LibTorch's operations where the device has them: the same up to rounding.
+    /// Stored only if so, because the runs of earlier versions keep their digits.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fused: bool,
+    /// Whether operations give the same bits each time. Stored only if they need not.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub deterministic: bool,
     /// The optimizer.
     pub optimizer: OptimizerConfig,
     /// The learning-rate schedule.
@@ -180,6 +190,15 @@ const fn is_none(count: &u32) -> bool {
     *count == 0
 }
 
+const fn yes() -> bool {
+    true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+const fn is_yes(flag: &bool) -> bool {
+    *flag
+}
+
 /// Arithmetic of forward and backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -188,6 +207,26 @@ pub enum Precision {
     Fp32,
     /// bfloat16 matrix products; weights, gradients and moments are kept in 32 bits.
     Bf16,
+}
+
+/// What is kept of a forward pass for its backward pass. It changes no bit of a loss or a weight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activations {
+    /// All that the backward pass needs.
+    #[default]
+    Keep,
+    /// The input of each block; everything within a block is computed again.
+    Block,
+    /// Everything of as many of the last blocks as memory allows, and the inputs of the others.
+    Auto,
+}
+
+impl Activations {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+    const fn is_keep(&self) -> bool {
+        matches!(self, Self::Keep)
+    }
 }
 
 /// AdamW (Loshchilov and Hutter, arXiv 1711.05101), decay on matrices only.
@@ -243,6 +282,10 @@ pub struct ParallelConfig {
     /// Whether the nodes of one generation may compute with devices of several kinds. Stored only if they may.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub mixed: bool,
+    /// The peak of one device at the run's precision, TFLOP/s; `None`: that of the device's kind, where it is known.
+    /// Stored only if it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_tflops: Option<u32>,
 }
 
 /// The state that is replicated, and the state that is partitioned over the ranks.
@@ -254,6 +297,9 @@ pub enum Strategy {
     /// Weights replicated; optimizer state, and with bf16 the fp32 weights, partitioned (ZeRO stage 1, arXiv
     /// 1910.02054).
     Zero1,
+    /// Weights, gradients and optimizer state partitioned; the weights of one block after the other are gathered (ZeRO
+    /// stage 3, arXiv 1910.02054).
+    Shard,
 }
 
 /// The device that workers compute on.

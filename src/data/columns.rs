@@ -14,9 +14,9 @@ use parquet::{
 use super::{
     DataError,
     documents::{At, Notes, Piece, Wanted, give_document},
-    pages,
     records::chat,
 };
+use crate::format::pages;
 
 /// Rows decoded at once.
 const ROWS: usize = 256;

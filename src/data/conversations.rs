@@ -23,9 +23,9 @@ use super::{
     DataError,
     chat::{MESSAGES, TOOLS},
     documents::{At, Notes, Piece, Wanted},
-    pages,
     records::MAX_RECORD_BYTES,
 };
+use crate::format::pages;
 
 /// The deepest nesting of columns that is read: data sets in use have a third.
 const DEEPEST: usize = 32;

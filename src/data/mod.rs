@@ -39,7 +39,6 @@ mod left_out;
 pub mod marks;
 pub mod meaning;
 mod pack;
-mod pages;
 mod place;
 mod placing;
 pub mod prepare;

@@ -24,6 +24,16 @@ pub struct Machines {
     pub subnets: Vec<String>,
     /// The container image that they run.
     pub image: Option<String>,
+    /// Their machine image: an id, or the SSM parameter that names one.
+    pub ami: Option<String>,
+    /// What they read at their start: URIs of objects.
+    pub reads: Vec<String>,
+    /// The ARN of their role.
+    pub role: Option<String>,
+    /// The project on Google Cloud that they are to run in.
+    pub gcp_project: Option<String>,
+    /// The region of Azure that they are to run in.
+    pub azure_location: Option<String>,
 }
 
 /// The account's quota for these machines.

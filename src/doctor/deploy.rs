@@ -1,25 +1,123 @@
 //! What must be there before machines are started on AWS: their type in the subnets' zones, a way out of each subnet,
-//! and the image that they run.
+//! the image that they run, the driver of their machine image, and what they read at their start.
 
 use super::{account::Machines, verdict::Line, within};
 use crate::{
     cloud::{
+        ami::{self, MachineImage},
         network::{Network, Subnet, WayOut},
+        permission::{self, Decision},
         region,
         registry::{self, ImageName},
     },
-    error::Kind,
+    error::{Error, Kind, Result},
     report::human,
+    storage::Store,
 };
 
 const OFFERED: &str = "offered type";
 const WAY_OUT: &str = "way out";
 const IMAGE: &str = "image";
+const MACHINE_IMAGE: &str = "machine image";
+const READS: &str = "configuration read";
+/// The least driver that knows CUDA 13.
+const DRIVER: u32 = 580;
 
-/// The lines about the named subnets and the named image.
+/// The lines about everything that is named.
 pub(super) async fn look(wanted: &Machines) -> Vec<Line> {
-    let (subnets, image) = tokio::join!(subnets(wanted), image(wanted));
-    subnets.into_iter().chain(image).collect()
+    let reads = futures::future::join_all(wanted.reads.iter().map(|uri| within(READS, reads(wanted, uri))));
+    let (subnets, image, ami, reads) = tokio::join!(subnets(wanted), image(wanted), machine_image(wanted), reads);
+    subnets.into_iter().chain(image).chain(ami).chain(reads).collect()
+}
+
+async fn machine_image(wanted: &Machines) -> Option<Line> {
+    let named = wanted.ami.as_deref()?;
+    let look = async {
+        let Some(region) = region_of(wanted).await else {
+            return Line::warn(MACHINE_IMAGE, "not known: no region is named", "give --region, or set AWS_REGION");
+        };
+        match ami::look(&region, named).await {
+            Ok(image) => fit(&image),
+            Err(error) => Line::error(MACHINE_IMAGE, &error),
+        }
+    };
+    Some(within(MACHINE_IMAGE, look).await)
+}
+
+/// Whether a machine image can run the program.
+fn fit(image: &MachineImage) -> Line {
+    let MachineImage { id, name, architecture, root_device, disk_gib, driver } = image;
+    let disk = match (root_device, disk_gib) {
+        (Some(device), Some(gib)) => format!(", root {device} of {gib} GiB"),
+        (Some(device), None) => format!(", root {device}"),
+        (None, _) => String::new(),
+    };
+    let found = format!("{id}, {name}{disk}");
+    if architecture != "x86_64" {
+        let todo = "the program is built for x86-64: choose another machine image";
+        return Line::fail(MACHINE_IMAGE, Kind::Config, format!("{found}: it is for {architecture}"), todo);
+    }
+    match driver {
+        Some(driver) if *driver < DRIVER => {
+            let found = format!("{found}: its NVIDIA driver is {driver}");
+            Line::fail(MACHINE_IMAGE, Kind::Config, found, format!("CUDA 13 needs {DRIVER} or newer: use a newer one"))
+        }
+        Some(driver) => Line::ok(MACHINE_IMAGE, format!("{found}, NVIDIA driver {driver}")),
+        None => Line::warn(
+            MACHINE_IMAGE,
+            format!("{found}; driver not checked: neither its name nor its description has a number"),
+            format!(
+                "look into its release notes: CUDA 13 needs {DRIVER} or newer; a machine with an older one says so"
+            ),
+        ),
+    }
+}
+
+/// Whether machines can read an object: by the policies of their role, and, as far as it goes, by reading it.
+async fn reads(wanted: &Machines, uri: &str) -> Line {
+    let Some((folder, name)) = uri.rsplit_once('/').filter(|(_, name)| uri.contains("://") && !name.is_empty()) else {
+        return Line::fail(READS, Kind::Usage, format!("{uri} is no object's URI"), "write s3://bucket/run.toml");
+    };
+    let there = async { Store::open(folder, &super::LIMITS)?.head(name).await.map_err(Error::from) }.await;
+    let bucket = uri.strip_prefix("s3://").and_then(|rest| rest.split_once('/'));
+    match (&wanted.role, bucket) {
+        (Some(role), Some((bucket, key))) => {
+            let object = permission::object(role, bucket, key);
+            match permission::simulate(role, "s3:GetObject", &object).await {
+                Ok(decision) => readable(uri, role, decision, there.map(drop)),
+                Err(error) => Line::error(READS, &error),
+            }
+        }
+        (role, _) => match there {
+            Ok(_) => {
+                let whose = if role.is_some() { "the role of another cloud" } else { "no --role is named" };
+                let found = format!("{uri} is there, and these credentials read it; machines not checked: {whose}");
+                Line::warn(READS, found, "on AWS, name their role: --role arn:aws:iam::…:role/…")
+            }
+            Err(error) => Line::error(READS, &error),
+        },
+    }
+}
+
+/// What the role's policies say, and what was found with these credentials.
+fn readable(uri: &str, role: &str, decision: Decision, there: Result<()>) -> Line {
+    match (decision, there) {
+        (Decision::Allowed, Ok(())) => Line::ok(READS, format!("{uri} is there, and the role may read it")),
+        (Decision::Allowed, Err(error)) if error.kind() == Kind::Permission => {
+            let found = format!("the role may read {uri}; whether it is there is not known: {error}");
+            Line::warn(READS, found, "look with other credentials, such as the role's own")
+        }
+        (Decision::Allowed, Err(error)) => Line::error(READS, &error),
+        (Decision::Denied, _) => {
+            let found = format!("a policy denies s3:GetObject of {uri} to {role}");
+            Line::fail(READS, Kind::Permission, found, "change that policy, or put the object elsewhere")
+        }
+        (Decision::Unsaid, _) => {
+            let found = format!("no policy of {role} allows s3:GetObject of {uri}");
+            let todo = "put it into the stack's bucket, or name its bucket as ReadBucket";
+            Line::fail(READS, Kind::Permission, found, todo)
+        }
+    }
 }
 
 /// The region of the wanted machines.
@@ -173,6 +271,42 @@ mod tests {
         assert_eq!(way_out(&[Subnet { gives_addresses: false, ..nat }]).verdict, Verdict::Ok, "NAT has an address");
         let closed = way_out(&[open, subnet("subnet-3", "a", WayOut::Closed)]);
         assert_eq!((closed.verdict, closed.found.as_str()), (Verdict::Fail, "no default route leads out of subnet-3"));
+    }
+
+    #[test]
+    fn a_machine_image_needs_a_driver_that_knows_cuda_13() {
+        let image = |driver, architecture: &str| MachineImage {
+            id: "ami-1".into(),
+            name: "x".into(),
+            architecture: architecture.into(),
+            root_device: Some("/dev/sda1".into()),
+            disk_gib: Some(75),
+            driver,
+        };
+        let ok = fit(&image(Some(580), "x86_64"));
+        assert_eq!(
+            (ok.verdict, ok.found.as_str()),
+            (Verdict::Ok, "ami-1, x, root /dev/sda1 of 75 GiB, NVIDIA driver 580")
+        );
+        assert_eq!(fit(&image(Some(570), "x86_64")).verdict, Verdict::Fail);
+        assert_eq!(fit(&image(Some(590), "arm64")).verdict, Verdict::Fail);
+        let unsaid = fit(&image(None, "x86_64"));
+        assert!(unsaid.verdict == Verdict::Warn && unsaid.found.contains("driver not checked"), "{unsaid:?}");
+    }
+
+    #[test]
+    fn a_configuration_must_be_there_and_allowed() {
+        let error = |kind| Err(Error::new(kind, "x"));
+        for (decision, there, verdict, kind) in [
+            (Decision::Allowed, Ok(()), Verdict::Ok, None),
+            (Decision::Allowed, error(Kind::Permission), Verdict::Warn, None),
+            (Decision::Allowed, error(Kind::Data), Verdict::Fail, Some(Kind::Data)),
+            (Decision::Unsaid, Ok(()), Verdict::Fail, Some(Kind::Permission)),
+            (Decision::Denied, Ok(()), Verdict::Fail, Some(Kind::Permission)),
+        ] {
+            let line = readable("s3://b/k", "arn:aws:iam::1:role/x", decision, there);
+            assert_eq!((line.verdict, line.kind), (verdict, kind), "{decision:?}: {line:?}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@
 
 mod account;
 mod deploy;
+mod elsewhere;
 mod fabric;
 mod metadata;
 mod named;
@@ -96,10 +97,13 @@ impl Doctor {
                 None => Vec::new(),
             }
         };
-        let account = async { tokio::join!(account::spot_quota(&self.machines), deploy::look(&self.machines)) };
-        let (here, named, kept, metadata, (quota, deployment)) =
+        let account = async {
+            let (of, machines) = (account::spot_quota(&self.machines), &self.machines);
+            tokio::join!(of, deploy::look(machines), elsewhere::look(machines))
+        };
+        let (here, named, kept, metadata, (quota, deployment, elsewhere)) =
             tokio::join!(here, named, self.store(config), metadata::look(), account);
-        lines.extend([here, named, kept, metadata, vec![quota], deployment].into_iter().flatten());
+        lines.extend([here, named, kept, metadata, vec![quota], deployment, elsewhere].into_iter().flatten());
         lines
     }
 

@@ -35,6 +35,8 @@ pub struct Observed {
     /// Time from each `formed` record to the last record of its generation, summed up, seconds: without the waits
     /// between.
     pub trained_s: f64,
+    /// The same times the nodes of each generation: seconds of machines.
+    pub machine_s: f64,
     /// How often a machine went away and another one, or the same one again, or the rest of its group, continued.
     pub interruptions: u64,
     /// How many of these lost steps, or left no record.
@@ -54,15 +56,20 @@ impl Observed {
         for (index, formed) in state.formations().iter().enumerate() {
             let commits = state.checkpoints().of(formed.generation);
             let ended = state.interruptions().iter().find(|end| end.generation == formed.generation);
-            observed.trained_s += lived(formed, &commits.clone().collect::<Vec<_>>(), ended, observed.step_s);
+            let lived = lived(formed, &commits.clone().collect::<Vec<_>>(), ended, observed.step_s);
+            observed.trained_s += lived;
+            observed.machine_s += lived * formed.roster.len() as f64;
             if let (Some(point), Some(first), Some(step_s)) = (&formed.resume, commits.clone().next(), observed.step_s)
             {
                 let steps = first.committed.step.get().saturating_sub(point.step.get()) as f64;
                 restarts.push(lived_until(formed, first) - first.committed.cost.durable_s - steps * step_s);
             }
             let (interrupted, lossy) = match state.formations().get(index + 1).map(|next| next.reason) {
-                // A run that had completed or failed was reopened: nothing was interrupted.
-                Some(FormedReason::Started) => (formed.ended.is_none(), ended.is_none_or(|end| end.lost_steps > 0)),
+                // A run that had completed or failed, or was at its cap, was reopened: nothing was interrupted.
+                Some(FormedReason::Started) => {
+                    let was_over = formed.ended.is_some() || ended.is_some_and(|end| end.cap.is_some());
+                    (!was_over, ended.is_none_or(|end| end.lost_steps > 0))
+                }
                 // Several nodes lost at once interrupt the group once: its cadence follows from the group's losses.
                 Some(FormedReason::NodeLost) => (true, true),
                 Some(FormedReason::NodeLeft) => (true, false),
@@ -91,14 +98,19 @@ fn lived_until(formed: &Formation, commit: &Checkpoint) -> f64 {
 
 /// From the start of a generation to its last sign of life, seconds.
 fn lived(formed: &Formation, commits: &[&Checkpoint], ended: Option<&Interruption>, step_s: Option<f64>) -> f64 {
-    let most =
-        |from: u64, to: u64| step_s.map_or(UNKNOWN, |step_s| BESIDE + SLACK * step_s * to.saturating_sub(from) as f64);
     let begun = formed.resume.as_ref().map_or(0, |point| point.step.get());
     let until = commits.iter().map(|commit| commit.committed.step.get()).max();
     let known = commits
         .iter()
         .filter(|commit| commit.committed.cost.lived_s > 0.0)
         .max_by(|a, b| a.committed.cost.lived_s.total_cmp(&b.committed.cost.lived_s));
+    // The generation's own mean, if the run's is not known: it includes the start.
+    let own = known.filter(|commit| commit.committed.step.get() > begun);
+    let own = own.map(|commit| commit.committed.cost.lived_s / (commit.committed.step.get() - begun) as f64);
+    let most = |from: u64, to: u64| {
+        let step_s = step_s.or(own.filter(|step_s| step_s.is_finite()));
+        step_s.map_or(UNKNOWN, |step_s| BESIDE + SLACK * step_s * to.saturating_sub(from) as f64)
+    };
     // Beyond the measured time the wall clock continues.
     let (lived, from, at) = match known {
         Some(commit) => (lived_until(formed, commit), commit.committed.step.get(), commit.at),
@@ -156,7 +168,7 @@ mod tests {
         for (number, (second, record)) in (1..).zip(records) {
             let at = Timestamp::from_second(1_000_000 + second).unwrap();
             let attempt = "00112233445566778899aabbccddeeff";
-            let entry = json!({"format": 4, "attempt": attempt, "at": at, "node": "n1", "record": record});
+            let entry = json!({"format": 7, "attempt": attempt, "at": at, "node": "n1", "record": record});
             state.apply(number, Entry::decode(entry.to_string().as_bytes()).unwrap()).unwrap();
         }
         state
@@ -183,6 +195,13 @@ mod tests {
             (500, formed(2, Some((100, 1)), "started")),
         ];
         let found = Observed::of(&state(&story));
+        assert_eq!((found.interruptions, found.lossy, found.trained_s), (0, 0, 113.0));
+        // So does one whose cap is raised.
+        let cap = json!({"cap": "max_hours", "limit": 0.03, "used": 0.031});
+        let end = json!({"kind": "interrupted", "generation": 1, "step": 100, "committed": 100, "lost_steps": 0,
+                         "verdict": "x", "cap": cap});
+        let [formed, committed, _, again] = story;
+        let found = Observed::of(&state(&[formed, committed, (113, end), again]));
         assert_eq!((found.interruptions, found.lossy, found.trained_s), (0, 0, 113.0));
     }
 
@@ -279,6 +298,7 @@ mod tests {
             restart_s: Some(30.0),
             step_s: Some(1.0),
             trained_s: 212.0 + 148.0 + 97.0 + 143.0,
+            machine_s: 212.0 + 148.0 + 97.0 + 143.0,
             interruptions: 2,
             lossy: 1,
         };

@@ -1,11 +1,12 @@
 //! A run's journal as people read it: its status, the fate of each checkpoint, the story of its interruptions, its
 //! nodes.
 //!
-//! Everything here is read from a [`RunState`]; nothing is stored or decided. Commands, and all other displays of a
-//! run, print these results.
+//! Everything here is read from a [`RunState`]; nothing is stored. Commands, and all other displays of a run, print
+//! these results. One of them decides: [`spent`] says whether a run has reached a cap.
 
 pub mod episodes;
 pub mod rosters;
+pub mod spent;
 
 mod held_out;
 
@@ -107,6 +108,8 @@ pub enum Standing {
     Completed,
     /// Needs a person.
     Failed,
+    /// Ended before the last step, because it has reached a cap; a higher one lets it go on.
+    Capped,
 }
 
 impl Standing {
@@ -116,6 +119,7 @@ impl Standing {
             (Outcome::Completed { .. }, ..) => Self::Completed,
             (Outcome::Failed { .. }, ..) => Self::Failed,
             (Outcome::Open, None, _) => Self::Created,
+            (Outcome::Open, Some(_), _) if state.capped().is_some() => Self::Capped,
             (Outcome::Open, Some(formed), Some(end)) if end.number > formed.number => Self::Interrupted,
             (Outcome::Open, Some(_), _) => Self::InProgress,
         }
@@ -129,6 +133,7 @@ impl Standing {
             Self::Interrupted => "interrupted",
             Self::Completed => "completed",
             Self::Failed => "failed",
+            Self::Capped => "at its cap",
         }
     }
 
@@ -376,6 +381,7 @@ pub(crate) mod tests {
                 lost_steps: 4,
                 verdict: "no time".into(),
                 drain: None,
+                cap: None,
             },
             Record::Damaged { step: Step(30), generation: Generation(2), reason: "x is short".into() },
             formed(3, Some((20, 1)), &[("train.steps", "500")]),
@@ -419,7 +425,8 @@ pub(crate) mod tests {
             ended(Record::Notice { generation, source: "x".into(), deadline_s: None, means: journal::Means::Stop });
         assert_eq!((Standing::of(&noticed), last_step(&noticed)), (Standing::InProgress, Some(Step(9))));
         let (verdict, committed) = ("x".to_owned(), Some(Step(9)));
-        let stopped = ended(Record::Interrupted { generation, step, committed, lost_steps: 3, verdict, drain: None });
+        let stopped =
+            ended(Record::Interrupted { generation, step, committed, lost_steps: 3, verdict, drain: None, cap: None });
         assert_eq!((Standing::of(&stopped), last_step(&stopped)), (Standing::Interrupted, Some(step)));
         assert_eq!(Standing::of(&state(vec![created()])), Standing::Created);
     }

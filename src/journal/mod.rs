@@ -24,6 +24,7 @@
 //! that a failed `committed` names must not be deleted without asking the journal again.
 
 mod admit;
+mod cap;
 mod checkpoints;
 mod doubt;
 mod error;
@@ -32,6 +33,7 @@ mod members;
 mod pack;
 mod record;
 mod replay;
+mod speed;
 mod stagnation;
 mod state;
 mod summary;
@@ -49,12 +51,14 @@ mod summary_tests;
 mod testing;
 
 pub use admit::{Refusal, admit, fenced};
+pub use cap::{Cap, Reached};
 pub use checkpoints::Checkpoints;
 pub use doubt::Clearance;
 pub use error::JournalError;
 pub use log::{Formed, Journal, list_runs};
 pub use record::*;
 pub use replay::{audit, replay};
+pub use speed::{SPEED, Speed};
 pub use stagnation::{EarlyStop, HELD_OUT, Stagnation};
 pub use state::{
     Basis, Checkpoint, CheckpointStatus, Formation, Inconsistent, Interruption, NoticeHeard, Outcome, RunState,

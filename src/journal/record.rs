@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::EarlyStop;
+use super::{EarlyStop, Reached};
 use crate::{
     config::RunConfig,
     ids::{AttemptId, DatasetId, Generation, NodeId, NodeKey, Rank, RunId, Step, WorldSize},
@@ -18,7 +18,7 @@ use crate::{
 
 /// The highest version of the layout that is read. Each record is written in the lowest version that can hold it
 /// ([`Record::format`]), so that an older program reads a journal up to the first record that is new to it.
-pub const FORMAT: u32 = 6;
+pub const FORMAT: u32 = 7;
 
 /// The longest record that is accepted or written: the first one carries the configuration and a model's `config.json`.
 pub const MAX_ENTRY: u64 = 4 << 20;
@@ -93,7 +93,7 @@ pub enum Record {
         /// The run's own id, so that a copied journal can't pass for another run.
         run_id: RunId,
         /// The resolved configuration. Since format 5 it may have adapters, with the files of their base; since format
-        /// 6 a rule by which the run stops early, or a program's own task.
+        /// 6 a rule by which the run stops early, or a program's own task; since format 7 caps.
         config: Box<RunConfig>,
     },
     /// A group of nodes exists. Written before the resume point is used.
@@ -107,7 +107,7 @@ pub enum Record {
         /// The one checkpoint that every rank loads; `None`: from the beginning.
         resume: Option<ResumePoint>,
         /// Settings changed with `--set` for this generation and all later ones. Since format 6 they may have a rule
-        /// by which the run stops early.
+        /// by which the run stops early, since format 7 caps.
         #[serde(default)]
         overrides: Vec<(String, String)>,
         /// Why this generation was formed.
@@ -160,6 +160,9 @@ pub enum Record {
         /// How the drain went, if there was one.
         #[serde(default)]
         drain: Option<Box<Drain>>,
+        /// The cap that the run has reached, if that ended it. Since format 7: an earlier program would train on.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        cap: Option<Reached>,
     },
     /// A checkpoint was found damaged and is not used again.
     Damaged {
@@ -521,8 +524,8 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_named_whatever_else_it_holds() {
-        let error = Entry::decode(br#"{"format":7,"something":"else"}"#).unwrap_err();
-        assert_eq!(error, InvalidEntry::Newer { found: 7 });
+        let error = Entry::decode(br#"{"format":8,"something":"else"}"#).unwrap_err();
+        assert_eq!(error, InvalidEntry::Newer { found: 8 });
     }
 
     #[test]

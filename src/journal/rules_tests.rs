@@ -270,6 +270,7 @@ fn the_checkpoint_last_read_whole_is_never_condemned() {
             lost_steps: step - 9,
             verdict: String::new(),
             drain: None,
+            cap: None,
         };
         records.iter().cloned().chain([stopped]).collect()
     };

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use super::{
-    EarlyStop,
+    EarlyStop, Reached,
     checkpoints::Checkpoints,
     doubt::Clearance,
     members,
@@ -14,7 +14,7 @@ use super::{
     summary::{Spans, Tail},
 };
 use crate::{
-    config::{ModelKind, RunConfig},
+    config::{CapsConfig, ModelKind, RunConfig},
     ids::{DatasetId, Generation, NodeId, RunId, Step, WorldSize},
 };
 
@@ -122,6 +122,8 @@ pub struct Interruption {
     pub verdict: String,
     /// How the drain went, if there was one.
     pub drain: Option<Drain>,
+    /// The cap that the run had reached, if that ended it.
+    pub cap: Option<Reached>,
 }
 
 /// What the choice of a resume point was made from.
@@ -284,9 +286,9 @@ impl RunState {
                     means,
                 });
             }
-            Record::Interrupted { generation, step, committed, lost_steps, verdict, drain } => {
+            Record::Interrupted { generation, step, committed, lost_steps, verdict, drain, cap } => {
                 let drain = drain.map(|drain| *drain);
-                let end = Interruption { number, at, generation, step, committed, lost_steps, verdict, drain };
+                let end = Interruption { number, at, generation, step, committed, lost_steps, verdict, drain, cap };
                 Arc::make_mut(&mut self.interruptions).push(end);
             }
             Record::Damaged { step, generation, reason } => {
@@ -527,6 +529,11 @@ fn is_early_stopping(key: &str) -> bool {
     key.starts_with("train.early_stopping.")
 }
 
+/// Whether this setting may end the run before its last step, for want of time or money.
+fn is_cap(key: &str) -> bool {
+    key.starts_with("run.")
+}
+
 fn check_format(entry: &Entry) -> Result<(), Inconsistent> {
     if entry.format > FORMAT {
         return Err(Inconsistent(format!("has format {}, and this version reads up to {FORMAT}", entry.format)));
@@ -539,6 +546,9 @@ impl Record {
     pub fn format(&self) -> u32 {
         match self {
             // An earlier version would train on.
+            Self::Created { config, .. } if config.run != CapsConfig::default() => 7,
+            Self::Formed { overrides, .. } if overrides.iter().any(|(key, _)| is_cap(key)) => 7,
+            Self::Interrupted { cap: Some(_), .. } => 7,
             Self::Created { config, .. } if config.workload.train.early_stopping.is_some() => 6,
             Self::Formed { overrides, .. } if overrides.iter().any(|(key, _)| is_early_stopping(key)) => 6,
             Self::Completed { early: Some(_), .. } => 6,

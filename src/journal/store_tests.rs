@@ -388,7 +388,7 @@ async fn damage_names_its_object() {
         (2, Some(Bytes::from_static(b"\xff\x00garbage")), "not a journal record"),
         (2, Some(Bytes::from(vec![b'['; 100_000])), "not a journal record"),
         (2, Some(Bytes::from(vec![b' '; (4 << 20) + 1])), "too large"),
-        (2, Some(encoded(&newer)), "format 7"),
+        (2, Some(encoded(&newer)), "format 8"),
         (2, Some(encoded(&entry("a", created()))), "only the first"),
         (2, Some(encoded(&entry("a", committed(9, 7)))), "while 1 is the newest"),
         (0, Some(encoded(&entry("a", notice(1, "x")))), "not created"),

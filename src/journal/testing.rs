@@ -39,7 +39,10 @@ pub(super) fn config() -> RunConfig {
                 max_micro_batch: 4,
                 seed: 1,
                 precision: Precision::Fp32,
+                activations: crate::config::Activations::Keep,
                 threads: 1,
+                fused: false,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 1e-3,
                     betas: [0.9, 0.95],
@@ -56,6 +59,7 @@ pub(super) fn config() -> RunConfig {
                 device: crate::config::Device::Auto,
                 bucket_mib: 25,
                 mixed: false,
+                peak_tflops: None,
             },
         },
         checkpoint: CheckpointConfig {
@@ -66,6 +70,7 @@ pub(super) fn config() -> RunConfig {
             price_per_gib_month: 0.023,
         },
         notice: NoticeConfig::default(),
+        run: CapsConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_secs(1), hang: None },
         storage: settings(),
@@ -153,6 +158,7 @@ pub(super) fn interrupted(generation: u64) -> Record {
         lost_steps: 2,
         verdict: "no time".into(),
         drain: None,
+        cap: None,
     }
 }
 

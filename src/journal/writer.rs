@@ -528,6 +528,7 @@ mod tests {
             lost_steps: 3 - newest.unwrap_or_default().get(),
             verdict: "the time was up".into(),
             drain: None,
+            cap: None,
         }
     }
 

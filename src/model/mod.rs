@@ -7,9 +7,9 @@
 //! A forward pass is embed → blocks → head. Each of these [`Stage`]s reads the parameters that are listed for it and
 //! the vectors of the stage before, and nothing else: so a strategy may have the weights of one stage at a time.
 //!
-//! Invariants: trained parameters are fp32 leaf tensors at any [`Precision`]; with [`Precision::Bf16`] they are cast
-//! where they are used, so that gradients come out in fp32 and there is one copy of the weights. If the fp32 weights
-//! are kept elsewhere (ZeRO-1), a [`Weight`] has bf16 values of its own beside a leaf that only receives the gradient;
+//! Invariants: a built model's parameters are fp32 leaf tensors at any [`Precision`]; with [`Precision::Bf16`] they are
+//! cast where they are used, so that gradients come out in fp32. Where a strategy keeps the fp32 weights elsewhere, a
+//! [`Weight`] has bf16 values of its own beside a leaf that only receives the gradient;
 //! the arithmetic is the same to the last bit. A frozen parameter has values and nothing else. A fresh model has the
 //! same bits on every machine and device, and all of it is trained: see [`random`]. [`parameter_shapes`] and [`build`]
 //! agree by construction. Adapters ([`lora`]) come after a model's own parameters.
@@ -20,6 +20,7 @@
 
 pub mod decoder;
 mod families;
+pub mod flops;
 mod folder;
 pub mod generate;
 mod init;
@@ -45,6 +46,7 @@ use crate::{
     config::{ModelKind, Precision},
     error::{Explain, Kind},
     shortage::is_out_of_memory,
+    torch::fused::Fused,
 };
 
 /// The errors of a model.
@@ -166,12 +168,21 @@ pub trait Leaves: Send {
 
     /// The device that it computes on.
     fn device(&self) -> Device;
+
+    /// Whether each weight is used in the type of the matrix products alone: then copies that are rounded to that type
+    /// give the same results.
+    fn needs_rounded_weights_only(&self) -> bool {
+        false
+    }
 }
 
 /// A language model.
 pub trait Model: Leaves {
     /// Adds adapters ([`lora`]) to linear layers; `scale` is the factor of what they add.
     fn adapt(&mut self, adapters: Vec<Parameter>, scale: f64) -> Result<(), ModelError>;
+
+    /// Computes by these functions in place of LibTorch's operations: the same up to rounding. At first there are none.
+    fn use_fused(&mut self, functions: Fused);
 
     /// The first stage: vectors `[batch, T, width]` for i64 `tokens` `[batch, T]`.
     fn embed(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;

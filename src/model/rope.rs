@@ -12,7 +12,9 @@ use tch::{Device, Kind, Tensor};
 use super::{
     Doing, ModelError, Spans,
     decoder::config::{Llama3Scaling, Rope, Scaling},
+    weight::refused,
 };
+use crate::torch::fused;
 
 /// Cosines and sines, fp32 `[T, 1, width]` or `[batch, T, 1, width]`: they broadcast over `[batch, T, heads, width]`.
 pub(super) struct Turns {
@@ -25,11 +27,14 @@ pub(super) struct Turns {
 }
 
 impl Turns {
-    /// Turns `x` `[batch, T, heads, head]`; the result has the type of `x`.
+    /// Turns `x` `[batch, T, heads, head]`; the result has the type of `x`. `fused`: in one pass.
     ///
     /// Hugging Face writes `x·cos + cat(-x₂, x₁)·sin`; with the sign within the table that is a rotation by half the
     /// width, and a product is saved.
-    pub(super) fn apply(&self, x: &Tensor) -> Result<Tensor, tch::TchError> {
+    pub(super) fn apply(&self, x: &Tensor, fused: bool) -> Result<Tensor, tch::TchError> {
+        if fused {
+            return fused::rotate(x, &self.cos, &self.sin).map_err(refused);
+        }
         if self.width == self.head {
             return self.turned(x);
         }

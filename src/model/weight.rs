@@ -2,7 +2,7 @@
 
 use tch::{Kind, TchError, Tensor};
 
-use crate::torch;
+use crate::torch::{self, Known};
 
 /// One parameter of a model.
 #[derive(Debug)]
@@ -108,6 +108,16 @@ impl Weight {
         }
     }
 
+    /// Its leaf, and its values without a gradient of their own, if these are of this `kind`: what a product needs whose
+    /// gradient goes to the leaf by itself. `None`: it is frozen, or cast where it is used.
+    pub(super) fn for_product(&self, kind: Kind) -> Result<Option<(&Tensor, Tensor)>, TchError> {
+        Ok(match self {
+            Self::Copy { leaf, copy } if copy.f_kind()? == kind => Some((leaf, copy.shallow_clone())),
+            Self::Leaf(leaf) if leaf.f_kind()? == kind => Some((leaf, leaf.f_detach()?)),
+            _ => None,
+        })
+    }
+
     /// The rows selected by `tokens` (i64), as `kind`.
     pub(super) fn look_up(&self, tokens: &Tensor, kind: Kind) -> Result<Tensor, TchError> {
         match self {
@@ -124,16 +134,25 @@ impl Weight {
         self.leaf().map_or(Ok(false), |leaf| Ok(leaf.f_view_as(leaf)?.requires_grad()))
     }
 
-    /// `loss`, with `gradient / divisor` as its gradient with respect to this parameter.
-    pub(super) fn with_gradient(&self, loss: Tensor, gradient: &Tensor, divisor: f64) -> Result<Tensor, TchError> {
-        match self.leaf() {
-            Some(leaf) => torch::with_gradient(&loss, leaf, gradient, divisor).map_err(refused),
-            None => Ok(loss),
+    /// `loss`, with `gradient / divisor` as its gradient with respect to this parameter, if there is one, and what
+    /// `hidden` says as its gradient with respect to another tensor. `direct`: see [`torch::with_gradients`].
+    pub(super) fn with_gradients(
+        &self,
+        loss: &Tensor,
+        hidden: Option<Known<'_>>,
+        gradient: Option<&Tensor>,
+        divisor: f64,
+        direct: bool,
+    ) -> Result<Tensor, TchError> {
+        let own = self.leaf().zip(gradient).map(|(of, gradient)| Known { of, gradient });
+        if hidden.is_none() && own.is_none() {
+            return Ok(loss.shallow_clone());
         }
+        torch::with_gradients(loss, hidden, own, divisor, direct).map_err(refused)
     }
 }
 
 /// A model's arithmetic has one type of error, that of `tch`.
-fn refused(error: torch::TorchError) -> TchError {
+pub(super) fn refused(error: torch::TorchError) -> TchError {
     TchError::Torch(error.to_string())
 }

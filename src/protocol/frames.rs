@@ -60,8 +60,7 @@ mod tests {
             grad_norm: f64::INFINITY,
             lr: 1e-3,
             step_s: 0.5,
-            stall_s: 0.0,
-            data_s: 0.0,
+            ..StepReport::default()
         };
         let mut wire = Vec::new();
         let mut buffer = Vec::new();

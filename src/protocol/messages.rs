@@ -215,7 +215,7 @@ impl HeldOutSum {
 }
 
 /// A finished step, as one rank saw it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepReport {
     /// The step.
     pub step: Step,
@@ -231,8 +231,53 @@ pub struct StepReport {
     pub step_s: f64,
     /// Seconds of them spent waiting for a capture, or for a fingerprint.
     pub stall_s: f64,
-    /// Seconds of them spent waiting for data.
+    /// What they were spent on, in this rank's loop or on its device.
+    #[serde(default)]
+    pub split: Split,
+    /// What this rank has and uses; only in reports of some steps, the same ones on every rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+}
+
+/// What a step's time was spent on, seconds. What is missing to the step's time lies between two steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Split {
+    /// Waiting for batches, and moving them to the device.
     pub data_s: f64,
+    /// Forward passes.
+    pub forward_s: f64,
+    /// Backward passes, with the reduction of gradients as far as it is hidden behind them.
+    pub backward_s: f64,
+    /// The reduction of gradients beyond the backward pass.
+    pub reduce_s: f64,
+    /// Waiting for a copy of the state, before it changes.
+    pub capture_s: f64,
+    /// The gradient's norm, the update, and the exchange of weights as far as somebody waits for it.
+    pub optimizer_s: f64,
+}
+
+/// What a rank has and uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Floating-point operations that its device can make in a second at the run's precision; `None`: not known.
+    pub peak_flops: Option<f64>,
+    /// Of its GPU; `None`: it computes on the CPU.
+    pub device: Option<DeviceUsage>,
+    /// Bytes of its process in the host's memory, with the parts of both slots that it has touched.
+    pub host_bytes: u64,
+    /// The most of them at any time.
+    pub host_peak_bytes: u64,
+}
+
+/// Bytes of a GPU's memory, the most at any time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceUsage {
+    /// In tensors.
+    pub allocated: u64,
+    /// Taken from the device by LibTorch's allocator.
+    pub reserved: u64,
+    /// All that the device has.
+    pub total: u64,
 }
 
 /// Floats by their bits: JSON has no NaN, and a non-finite loss must still arrive, since it stops the run.

@@ -17,5 +17,6 @@ mod messages;
 
 pub use frames::{MAX_MESSAGE, read_message, write_message};
 pub use messages::{
-    Assignment, BASE_FD, FromWorker, HeldOutSum, SLOT_FDS, SaveOrder, StepReport, ToWorker, WORKER_SUBCOMMAND,
+    Assignment, BASE_FD, DeviceUsage, FromWorker, HeldOutSum, SLOT_FDS, SaveOrder, Split, StepReport, ToWorker, Usage,
+    WORKER_SUBCOMMAND,
 };

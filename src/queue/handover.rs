@@ -81,6 +81,8 @@ pub enum End {
     CutOff,
     /// It needs a person, or another machine.
     Failed,
+    /// Its run has reached a cap. A person may raise that, and send the job again; this message is done.
+    Capped,
     /// The message can't be understood, here or anywhere.
     Unintelligible,
 }
@@ -93,6 +95,7 @@ impl End {
             Kind::Unavailable => Self::Unreachable,
             Kind::Interrupted | Kind::InterruptedWithLoss => Self::Interrupted,
             Kind::Usage | Kind::Data | Kind::Bug | Kind::Permission | Kind::Config => Self::Failed,
+            Kind::Capped => Self::Capped,
         }
     }
 }
@@ -149,7 +152,7 @@ pub fn settle(end: End, hold: Hold, received: u32, further: bool, dead_letters: 
     match (end, hold) {
         // A message that another consumer holds by now is not duplicated; deleting it by an old receipt does nothing,
         // or the right thing.
-        (End::Completed, _) => Settle::Delete,
+        (End::Completed | End::Capped, _) => Settle::Delete,
         (_, Hold::Lost | Hold::HandedOver) => Settle::Leave,
         (End::Interrupted, Hold::Ours) => Settle::Renew { delay: Duration::ZERO, interrupted: true },
         (End::Further, Hold::Ours) => Settle::Renew { delay: Duration::ZERO, interrupted: false },
@@ -183,6 +186,7 @@ mod tests {
         let back = |seconds| Settle::Return(Duration::from_secs(seconds));
         for (end, received, dead_letters, expected) in [
             (End::Completed, 1, true, Settle::Delete),
+            (End::Capped, 1, true, Settle::Delete),
             (End::Interrupted, 1, true, renew(0, true)),
             (End::Interrupted, 9, false, renew(0, true)),
             (End::Elsewhere, 1, true, renew(300, false)),
@@ -282,6 +286,7 @@ mod tests {
             (Kind::Config, End::Failed),
             (Kind::Permission, End::Failed),
             (Kind::Usage, End::Failed),
+            (Kind::Capped, End::Capped),
         ] {
             assert_eq!(End::of_error(kind), end);
         }

@@ -64,6 +64,7 @@ use crate::{
     config::{self, Device, Encryption, Machine, RunConfig, Sources, StorageConfig, Text},
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
+    journal::Reached,
     layout,
     report::{Listener, Reporter},
     run::{
@@ -282,6 +283,8 @@ enum Prepared {
         step: u64,
         loss: Option<f64>,
     },
+    /// The run has reached a cap.
+    Capped(Reached),
     /// Its message is renewed first: the run has progressed this far since it was sent.
     Renew {
         committed: u64,
@@ -564,6 +567,7 @@ impl Consumer<'_> {
                 lock(tracker).facts = facts;
                 return conclude(JobOutcome::new(End::Completed, State::Completed, 0));
             }
+            Ok(Prepared::Capped(cap)) => return conclude(JobOutcome::capped(&cap)),
             Ok(Prepared::Renew { committed }) => {
                 lock(&lock(tracker).carried).step = committed;
                 return conclude(JobOutcome::new(End::Further, State::Renewed, 0));
@@ -616,6 +620,7 @@ impl Consumer<'_> {
         let found = self.or_notice(open::find(&uri, &reading, run_id, Vec::new()));
         match found.context(format!("read journal of run {run_id}"))? {
             Found::Complete(_, Completed { step, loss, .. }) => Ok(Prepared::Done { step: step.get(), loss }),
+            Found::Capped(_, cap) => Ok(Prepared::Capped(cap)),
             Found::Existing(run) => {
                 let committed = run.state.newest().map_or(0, |checkpoint| checkpoint.committed.step.get());
                 let carried = *lock(&lock(tracker).carried);

@@ -3,6 +3,7 @@
 use super::{State, handover::End};
 use crate::{
     error::{Error, Kind, Result},
+    journal::Reached,
     run::Outcome,
 };
 
@@ -31,9 +32,19 @@ impl JobOutcome {
         Self { reason: Some("asked to stop before the run was started".into()), ..outcome }
     }
 
+    /// Its run has reached a cap: another try would not change that.
+    pub fn capped(cap: &Reached) -> Self {
+        let outcome = Self::new(End::Capped, State::Failed, Kind::Capped.exit_code());
+        Self {
+            reason: Some(format!("the run is at its cap: {cap}; to go on: trainer resume {}", cap.remedy())),
+            ..outcome
+        }
+    }
+
     pub fn of_outcome(outcome: &Result<Outcome>) -> Self {
         match outcome {
             Ok(Outcome::Completed { .. }) => Self::new(End::Completed, State::Completed, 0),
+            Ok(Outcome::Capped { cap, .. }) => Self::capped(cap),
             Ok(Outcome::NotCreated) => Self::not_begun(),
             Ok(Outcome::Interrupted { lost_steps }) => {
                 let kind = if *lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
@@ -54,7 +65,7 @@ impl JobOutcome {
             End::Elsewhere => State::StandBy,
             End::Further => State::Renewed,
             End::Unreachable | End::CutOff => State::Unreachable,
-            End::Failed | End::Unintelligible => State::Failed,
+            End::Failed | End::Unintelligible | End::Capped => State::Failed,
         };
         let reason = Some(error.to_string().chars().take(REASON).collect());
         Self { end, state, code: error.kind().exit_code(), reason, error: Some(error.kind()) }

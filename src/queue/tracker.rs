@@ -66,7 +66,7 @@ impl Tracker {
                 lock(&self.carried).step = step.get();
                 self.progress(now);
             }
-            Event::Interrupted { step, lost_steps } => {
+            Event::Interrupted { step, lost_steps, .. } => {
                 self.facts.step = Some(step.get());
                 self.facts.lost_steps = Some(*lost_steps);
             }

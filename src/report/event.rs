@@ -9,6 +9,44 @@ use crate::{
     ids::{Generation, Step, WorldSize},
 };
 
+/// What a step's time was spent on, seconds, by the rank that the others wait for; and the memory used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Spent {
+    /// Waiting for batches.
+    pub data_s: f64,
+    /// Forward passes.
+    pub forward_s: f64,
+    /// Backward passes, with the reduction of gradients behind them.
+    pub backward_s: f64,
+    /// The reduction beyond them.
+    pub reduce_s: f64,
+    /// Waiting for a copy of the state, before it changes.
+    pub capture_s: f64,
+    /// The update.
+    pub optimizer_s: f64,
+    /// The share of what the devices can compute that the model needed (model FLOPs utilisation); absent: not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
+    /// Measured at few steps.
+    #[serde(flatten)]
+    pub memory: Option<Memory>,
+}
+
+/// Bytes that a rank uses; the most of any rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// In tensors of a GPU, the most at any time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_peak_bytes: Option<u64>,
+    /// Taken from the GPU by LibTorch, the most at any time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_reserved_bytes: Option<u64>,
+    /// Of the worker in the host's memory, with the parts of both slots that it has touched.
+    pub host_bytes: u64,
+    /// The most of them at any time.
+    pub host_peak_bytes: u64,
+}
+
 /// One event. Serialised, it is one line of `--json`: fields may be added, never renamed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -55,6 +93,9 @@ pub enum Event {
         lag_steps: u64,
         /// Seconds since the newest checkpoint was committed, or since training began.
         lag_s: f64,
+        /// What the time was spent on.
+        #[serde(flatten)]
+        spent: Option<Box<Spent>>,
     },
     /// The validation loss was measured.
     Validation {
@@ -177,6 +218,9 @@ pub enum Event {
         step: Step,
         /// Steps that will be done again.
         lost_steps: u64,
+        /// The cap that the run has reached, if that is why: what was used, and the setting.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        cap: Option<String>,
     },
     /// The last step is committed.
     Completed {

@@ -23,7 +23,7 @@ use std::{
     time::Instant,
 };
 
-pub use event::Event;
+pub use event::{Event, Memory, Spent};
 pub use screen::{LOG_VARIABLE, Screen, init_logging};
 use summary::Summary;
 use views::{Bars, Lines};
@@ -177,6 +177,7 @@ mod tests {
             stall_s: 0.0,
             lag_steps: 1,
             lag_s: 0.5,
+            spent: None,
         }
     }
 
@@ -251,7 +252,7 @@ mod tests {
                 reason: "28.5 s left".into(),
             },
             Event::Dropped { steps: 12, others: 1 },
-            Event::Interrupted { step: Step(6), lost_steps: 0 },
+            Event::Interrupted { step: Step(6), lost_steps: 0, cap: None },
             Event::Completed { step: Step(9), loss: Some(1.25), early: None },
         ]
     }

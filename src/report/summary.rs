@@ -46,9 +46,9 @@ impl Summary {
                 self.position = Some(resumed);
                 self.saved = resumed;
             }
-            Event::Interrupted { lost_steps, .. } => {
+            Event::Interrupted { lost_steps, cap, .. } => {
                 self.lost_steps += lost_steps;
-                self.ending = Some("interrupted");
+                self.ending = Some(if cap.is_some() { "stopped at its cap" } else { "interrupted" });
             }
             Event::Completed { early: None, .. } => self.ending = Some("completed"),
             Event::Completed { early: Some(_), .. } => self.ending = Some("stopped early"),
@@ -141,7 +141,7 @@ mod tests {
         assert_eq!(lost(&summary), "3 steps lost");
         assert!(summary.line(1.0).unwrap().starts_with("stopped: "));
         // These ends say it themselves.
-        summary.add(&Event::Interrupted { step: Step(9), lost_steps: 3 });
+        summary.add(&Event::Interrupted { step: Step(9), lost_steps: 3, cap: None });
         assert_eq!(lost(&summary), "3 steps lost");
     }
 
@@ -185,13 +185,13 @@ mod tests {
         assert!(summary.repeats(&completed));
         let early = Event::Completed { step: Step(3), loss: Some(3.0), early: Some("why".into()) };
         assert!(!summary.repeats(&early), "the reason is nowhere else");
-        assert!(!summary.repeats(&Event::Interrupted { step: Step(3), lost_steps: 2 }));
+        assert!(!summary.repeats(&Event::Interrupted { step: Step(3), lost_steps: 2, cap: None }));
         assert_eq!(
             summary.line(61.0).unwrap(),
             "completed: 4 steps (1 to 3), loss 5.0000 -> 3.0000, 2 checkpoints, mean stall 15.0 ms, 1 step lost, \
              1.02k tokens/s, wall 61.0 s"
         );
-        summary.add(&Event::Interrupted { step: Step(3), lost_steps: 2 });
+        summary.add(&Event::Interrupted { step: Step(3), lost_steps: 2, cap: None });
         assert!(summary.line(1.0).unwrap().starts_with("interrupted: "));
         assert!(summary.line(1.0).unwrap().contains("3 steps lost"));
     }

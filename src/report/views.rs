@@ -42,8 +42,11 @@ impl Lines {
                     (None, _) => {}
                 }
             }
-            Event::Step { step, loss, lr, grad_norm, tokens_per_s, step_s, stall_s, lag_steps, lag_s, .. } => {
+            Event::Step {
+                step, loss, lr, grad_norm, tokens_per_s, step_s, stall_s, lag_steps, lag_s, spent, ..
+            } => {
                 if self.steps && (step.get() == self.total || self.thinning.let_through(now)) {
+                    let mfu = spent.as_ref().and_then(|spent| spent.mfu);
                     info!(
                         loss = %format_args!("{loss:.4}"),
                         lr = %format_args!("{lr:.2e}"),
@@ -53,6 +56,7 @@ impl Lines {
                         stall_s = %format_args!("{stall_s:.4}"),
                         lag_steps,
                         lag_s = %format_args!("{lag_s:.1}"),
+                        mfu = mfu.map(|mfu| tracing::field::display(format!("{:.1}%", mfu * 100.0))),
                         "step {step}/{}", self.total,
                     );
                 }
@@ -128,9 +132,15 @@ impl Lines {
                 human::plain(reason),
                 human::seconds(*backoff_s),
             ),
-            Event::Interrupted { step, lost_steps: 0 } => warn!("interrupted after step {step}, nothing is lost"),
-            Event::Interrupted { step, lost_steps } => {
-                warn!("interrupted after step {step}, {} lost", human::plural(*lost_steps, "step"));
+            Event::Interrupted { step, lost_steps, cap } => {
+                let lost = match lost_steps {
+                    0 => "nothing is lost".to_owned(),
+                    lost => format!("{} lost", human::plural(*lost, "step")),
+                };
+                match cap {
+                    Some(cap) => warn!("stopped at its cap after step {step}, {lost}: {cap}"),
+                    None => warn!("interrupted after step {step}, {lost}"),
+                }
             }
             Event::Completed { step, early: Some(why), .. } => info!("stopped early after step {step}: {why}"),
             Event::Completed { step, loss: Some(loss), .. } => {

@@ -6,10 +6,10 @@
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use crate::{
-    config::{CompleteAction, RunConfig},
+    config::{CompleteAction, RunConfig, Strategy},
     error::{Error, Kind, Result},
     ids::{RunId, Step},
-    journal::RunState,
+    journal::{Reached, RunState},
     rendezvous::policy::{self, ending::Wait},
     report::Reporter,
     storage::Store,
@@ -113,6 +113,21 @@ impl NodeBounds {
     }
 }
 
+impl NodeBounds {
+    /// Refuses a strategy that works on one node only.
+    ///
+    /// # Errors
+    /// Wrong configuration, if several nodes are wanted and `parallel.strategy` is `shard`.
+    pub fn carry(self, config: &RunConfig) -> Result<()> {
+        if self.max == 1 || config.workload.parallel.strategy != Strategy::Shard {
+            return Ok(());
+        }
+        let what = format!("--nodes {self}: parallel.strategy = \"shard\" works on one node only");
+        Err(Error::new(Kind::Config, what)
+            .with_hint("give --nodes 1, or set parallel.strategy to \"zero1\": --set parallel.strategy=zero1"))
+    }
+}
+
 impl fmt::Display for NodeBounds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -176,7 +191,7 @@ pub struct OnComplete {
 }
 
 /// How a run ended, if it ended well.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
     /// The last step is committed.
     Completed {
@@ -189,6 +204,15 @@ pub enum Outcome {
     Interrupted {
         /// Finished steps that no checkpoint holds.
         lost_steps: u64,
+    },
+    /// It has reached a cap; a higher one lets it go on.
+    Capped {
+        /// The cap.
+        cap: Reached,
+        /// Finished steps that no checkpoint holds.
+        lost_steps: u64,
+        /// What to do with this machine then: as after the last step.
+        then: OnComplete,
     },
 }
 
@@ -213,6 +237,19 @@ mod tests {
             InvalidBounds.to_string(),
             "expected MIN or MIN:MAX, such as 2 or 2:8, from 1 to 4096, and MIN not above MAX"
         );
+    }
+
+    #[test]
+    fn weights_are_divided_on_one_node_only() {
+        let mut config = config();
+        let nodes: NodeBounds = "1:2".parse().unwrap();
+        assert!(nodes.carry(&config).is_ok());
+        config.workload.parallel.strategy = Strategy::Shard;
+        assert!(NodeBounds::ONE.carry(&config).is_ok());
+        let error = nodes.carry(&config).unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+        assert_eq!(error.to_string(), "--nodes 1:2: parallel.strategy = \"shard\" works on one node only");
+        assert!(error.hint().unwrap().contains("--set parallel.strategy=zero1"));
     }
 
     #[test]

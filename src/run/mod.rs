@@ -43,6 +43,7 @@ use std::{
     time::Duration,
 };
 
+use jiff::Timestamp;
 use tokio::{sync::mpsc, time::Instant};
 
 pub use self::launch::{Begin, InvalidBounds, Launch, LaunchOptions, NodeBounds, OnComplete, Outcome};
@@ -60,9 +61,11 @@ use crate::{
     config::{NetworkConfig, NoticeConfig},
     error::{Context, Error, Kind, Result},
     goodput::Observed,
+    history::spent::Spent,
     ids::{Generation, NodeId, NodeRanks, RunId, Step, WorldSize},
     journal::{
-        Formed, FormedReason, JournalError, JournalWriter, Record, ResumePoint, RosterEntry, RunState, Succession,
+        Formed, FormedReason, JournalError, JournalWriter, Reached, Record, ResumePoint, RosterEntry, RunState,
+        Succession,
     },
     notice::{self, Notices},
     rendezvous::{
@@ -230,6 +233,8 @@ enum Next {
     Formed { generation: Generation, load: Load },
     /// The run is complete.
     Completed(OnComplete),
+    /// The run has reached a cap.
+    Capped(Reached),
 }
 
 /// The generations of this node so far.
@@ -305,7 +310,7 @@ impl Runner {
         // The machine may go away while data is downloaded, which can take long.
         let Some(opened) = or_notice_as(notices, &mut known, &reporter, opening).await else {
             if let Some(step) = newest {
-                reporter.event(&Event::Interrupted { step, lost_steps: 0 });
+                reporter.event(&Event::Interrupted { step, lost_steps: 0, cap: None });
             }
             let nothing_lost = Outcome::Interrupted { lost_steps: 0 };
             return Ok(Start::Over(if exists.get() { nothing_lost } else { Outcome::NotCreated }));
@@ -313,6 +318,7 @@ impl Runner {
         let Ready { journal, resolved, overrides, from } = match opened? {
             Opened::Ready(ready) => *ready,
             Opened::Complete(then) => return Ok(Start::Over(Outcome::Completed { then })),
+            Opened::Capped(cap, then) => return Ok(Start::Over(Outcome::Capped { cap, lost_steps: 0, then })),
         };
         notices.begin(&resolved.config.notice);
         Ok(Start::Run(Box::new(Self {
@@ -355,6 +361,7 @@ impl Runner {
             let (generation, load) = match next? {
                 Next::Formed { generation, load } => (generation, load),
                 Next::Completed(then) => return Ok(Outcome::Completed { then }),
+                Next::Capped(cap) => return Ok(self.at_its_cap(cap, 0, false)),
             };
             story.finished = Some(load.step());
             before = match self.generation(generation, load, &mut story, notices).await? {
@@ -428,8 +435,8 @@ impl Runner {
             }
             if went_on {
                 doing.set("fetching the data");
-                if let Some(then) = self.resolve_again(settings).await? {
-                    return Ok(Next::Completed(then));
+                if let Some(over) = self.resolve_again(settings).await? {
+                    return Ok(over);
                 }
             }
             self.resolved.workload.is_still_there()?;
@@ -464,8 +471,9 @@ impl Runner {
         self.dead.push(leader);
     }
 
-    /// The journal went on under another agent: its changes of settings hold. `Some`: it has finished the run.
-    async fn resolve_again(&mut self, settings: &mpsc::UnboundedSender<NoticeConfig>) -> Result<Option<OnComplete>> {
+    /// The journal went on under another agent: its changes of settings hold. `Some`: it has finished the run, or
+    /// brought it to a cap.
+    async fn resolve_again(&mut self, settings: &mpsc::UnboundedSender<NoticeConfig>) -> Result<Option<Next>> {
         let (run, nproc_per_node, options, reporter) = (&self.run, self.nproc_per_node, &self.options, &self.reporter);
         let resolving = Resolving { run, nproc_per_node, options, reporter, settings };
         match resolving.existing_run(&self.journal.state(), &self.overrides, self.from).await? {
@@ -476,8 +484,9 @@ impl Runner {
             }
             Standing::Complete(step, then) => {
                 tracing::info!(run = %self.run_id, %step, "run has been completed by another node");
-                Ok(Some(then))
+                Ok(Some(Next::Completed(then)))
             }
+            Standing::Capped(cap, _) => Ok(Some(Next::Capped(cap))),
         }
     }
 
@@ -618,6 +627,7 @@ impl Runner {
                 resolved.workload.collectives(seating.store.ip())
             }),
             doubted: differed,
+            spent: Spent::of(&self.journal.state(), Timestamp::now()),
         }
     }
 

@@ -15,6 +15,7 @@
 
 use std::cell::Cell;
 
+use jiff::Timestamp;
 use tokio::sync::mpsc;
 
 use super::{
@@ -24,8 +25,9 @@ use super::{
 use crate::{
     config::{NoticeConfig, RunConfig, StorageConfig, TrainTask, apply_overrides, canonical_overrides},
     error::Result,
+    history::spent::at_cap,
     ids::{NodeId, RunId, Step},
-    journal::{self, EarlyStop, Journal, JournalError, RunState},
+    journal::{self, EarlyStop, Journal, JournalError, Reached, RunState},
     report::Reporter,
     storage::Store,
     workload::{self, Site},
@@ -43,6 +45,8 @@ pub enum Found {
     Existing(Existing),
     /// Its last step is committed, and this command gives it no more steps.
     Complete(Existing, Completed),
+    /// It has reached a cap, and this command gives it no higher one.
+    Capped(Existing, Reached),
 }
 
 /// An existing run.
@@ -79,10 +83,12 @@ pub async fn find(uri: &str, reading: &StorageConfig, run_id: &RunId, overrides:
     let (config, _) = effective(&state, &overrides)?;
     let store = Store::open(&store.uri(), &config.storage)?;
     let completed = completed(&state, &config.workload);
+    let capped = at_cap(&state, &config, Timestamp::now());
     let existing = Existing { store, state, config, overrides };
-    Ok(match completed {
-        Some(completed) => Found::Complete(existing, completed),
-        None => Found::Existing(existing),
+    Ok(match (completed, capped) {
+        (Some(completed), _) => Found::Complete(existing, completed),
+        (None, Some(cap)) => Found::Capped(existing, cap),
+        (None, None) => Found::Existing(existing),
     })
 }
 
@@ -90,7 +96,7 @@ impl Found {
     /// The run, which must exist.
     pub fn existing(self, run_id: &RunId, uri: &str) -> Result<Existing> {
         match self {
-            Self::Existing(existing) | Self::Complete(existing, _) => Ok(existing),
+            Self::Existing(existing) | Self::Complete(existing, _) | Self::Capped(existing, _) => Ok(existing),
             Self::New => Err(JournalError::NoSuchRun { run_id: run_id.clone(), store: uri.to_owned() }.into()),
         }
     }
@@ -129,6 +135,8 @@ pub(super) enum Opened {
     Ready(Box<Ready>),
     /// It is complete.
     Complete(OnComplete),
+    /// It has reached a cap.
+    Capped(Reached, OnComplete),
 }
 
 /// The inputs of a run's first generation on this node.
@@ -147,6 +155,8 @@ pub(super) enum Standing {
     Open(Box<Resolved>, Overrides),
     /// Its last step is committed.
     Complete(Step, OnComplete),
+    /// It has reached a cap.
+    Capped(Reached, OnComplete),
 }
 
 /// The inputs for resolving a run.
@@ -167,6 +177,7 @@ impl Resolving<'_> {
 
     /// Checks everything that a new run's configuration names, and fetches its data.
     async fn new_run(&self, config: &RunConfig) -> Result<Resolved> {
+        self.options.nodes.carry(config)?;
         let resolved = Resolved::of_new_run(config, self.site()).await?;
         resolved.workload.verify().await?;
         Ok(resolved)
@@ -193,7 +204,12 @@ impl Resolving<'_> {
             }
             return Ok(Standing::Complete(step, self.options.then(&config, false)));
         }
+        // Going back to an earlier checkpoint gives it no more time or money.
+        if let Some(cap) = at_cap(state, &config, Timestamp::now()) {
+            return Ok(Standing::Capped(cap, self.options.then(&config, false)));
+        }
         self.known(&config);
+        self.options.nodes.carry(&config)?;
         let accepted = self.options.accepts_data || workload::names_data(&overrides);
         let resolved = Resolved::of_existing_run(&config, self.site(), self.run, state, accepted).await?;
         Ok(Standing::Open(Box::new(resolved), overrides))
@@ -252,6 +268,7 @@ impl Opening<'_> {
                 tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
                 Ok(Opened::Complete(then))
             }
+            Standing::Capped(cap, then) => Ok(Opened::Capped(cap, then)),
         }
     }
 

@@ -11,7 +11,7 @@ use crate::{
     agent::generation::{Left, Stopped},
     error::Result,
     ids::{Generation, Step},
-    journal::{self, CheckpointStatus, EarlyStop, JournalError, Record, RunState, Urgency},
+    journal::{self, CheckpointStatus, EarlyStop, JournalError, Reached, Record, RunState, Urgency},
     notice::Notices,
     report::Event,
 };
@@ -31,7 +31,7 @@ const TIDYING: Duration = Duration::from_secs(20);
 /// The content of `interrupted` after the records of `state`. Commits of this generation count even if its event loop
 /// did not hear of them.
 pub(super) fn interruption(state: &RunState, generation: Generation, stopped: &Stopped) -> Record {
-    let Stopped { step, committed, verdict, drain } = stopped.clone();
+    let Stopped { step, committed, verdict, drain, cap } = stopped.clone();
     let ours = |checkpoint: &&journal::Checkpoint| {
         checkpoint.committed.generation == generation && checkpoint.status == CheckpointStatus::Good
     };
@@ -47,6 +47,7 @@ pub(super) fn interruption(state: &RunState, generation: Generation, stopped: &S
         lost_steps: step.get().saturating_sub(committed.get()),
         verdict,
         drain: drain.map(Box::new),
+        cap,
     }
 }
 
@@ -69,12 +70,12 @@ impl Runner {
         let (Some(generation), Some(step)) = (self.journal.view().held, step) else {
             tracing::info!("asked to stop before this node has taken up the run: it has nothing to save");
             if committed > Step(0) {
-                self.reporter.event(&Event::Interrupted { step: committed, lost_steps: 0 });
+                self.reporter.event(&Event::Interrupted { step: committed, lost_steps: 0, cap: None });
             }
             return Ok(Outcome::Interrupted { lost_steps: 0 });
         };
         let verdict = format!("asked to stop while {doing}");
-        self.interrupted(generation, Stopped { step, committed, verdict, drain: None }, left).await
+        self.interrupted(generation, Stopped { step, committed, verdict, drain: None, cap: None }, left).await
     }
 
     /// The run's last step is committed; `early`: why it is the last one, if there would be more.
@@ -105,12 +106,12 @@ impl Runner {
             Some(completed) => completed.map(|_| None)?,
             None => {
                 let verdict = "asked to stop while completion was being recorded".to_owned();
-                let stopped = Stopped { step, committed: step, verdict, drain: None };
+                let stopped = Stopped { step, committed: step, verdict, drain: None, cap: None };
                 self.last_words(generation, &stopped, notices.left()).await
             }
         };
         if let Some(lost_steps) = outcome {
-            self.reporter.event(&Event::Interrupted { step, lost_steps });
+            self.reporter.event(&Event::Interrupted { step, lost_steps, cap: None });
             return Ok(Outcome::Interrupted { lost_steps });
         }
         self.reporter.event(&Event::Completed { step, loss, early: early.map(|early| early.to_string()) });
@@ -125,8 +126,18 @@ impl Runner {
         left: Option<Duration>,
     ) -> Result<Outcome> {
         let lost_steps = self.last_words(generation, &stopped, left).await.unwrap_or(0);
-        self.reporter.event(&Event::Interrupted { step: stopped.step, lost_steps });
-        Ok(Outcome::Interrupted { lost_steps })
+        let cap = stopped.cap.map(|cap| cap.to_string());
+        self.reporter.event(&Event::Interrupted { step: stopped.step, lost_steps, cap });
+        Ok(match stopped.cap {
+            Some(cap) => self.at_its_cap(cap, lost_steps, true),
+            None => Outcome::Interrupted { lost_steps },
+        })
+    }
+
+    /// The run has reached a cap; `trained_here`: this node has taken part in that.
+    pub(super) fn at_its_cap(&self, cap: Reached, lost_steps: u64, trained_here: bool) -> Outcome {
+        let then = self.options.then(&self.resolved.config, trained_here);
+        Outcome::Capped { cap, lost_steps, then }
     }
 
     /// Records what was lost, and returns it as far as the journal is known by then. `None`: the run is complete.
@@ -185,7 +196,13 @@ mod tests {
     use crate::checkpoint::testing::{checkpoint, memory_store, state_after};
 
     fn stopped(step: u64, committed: u64) -> Stopped {
-        Stopped { step: Step(step), committed: Step(committed), verdict: "the time was up".into(), drain: None }
+        Stopped {
+            step: Step(step),
+            committed: Step(committed),
+            verdict: "the time was up".into(),
+            drain: None,
+            cap: None,
+        }
     }
 
     fn told(record: Record) -> (Option<Step>, u64, String) {

@@ -12,7 +12,12 @@ use std::{
 /// The LibTorch that `tch` 0.24 is made for; the shim uses this version's class layouts.
 const TORCH_VERSION: &str = "2.11.0";
 
-const SOURCES: [&str; 6] = ["defaults.cpp", "group.cpp", "math.cpp", "copies.cpp", "device.cpp", "signals.cpp"];
+const SOURCES: [&str; 8] =
+    ["defaults.cpp", "group.cpp", "math.cpp", "copies.cpp", "fused.cpp", "device.cpp", "clock.cpp", "signals.cpp"];
+
+/// The levels of instructions that `kernels.cpp` is compiled for: the name of its table, and the compiler's flags.
+const LEVELS: [(&str, &[&str]); 3] =
+    [("kernels_base", &[]), ("kernels_avx2", &["-mavx2"]), ("kernels_avx512", &["-mavx512f"])];
 
 fn main() {
     println!("cargo::rerun-if-env-changed=LIBTORCH");
@@ -54,6 +59,15 @@ fn build() -> Result<(), String> {
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .define("USE_C10D_GLOO", None)
         .files(SOURCES.iter().map(|name| shim.join(name)));
+    let is_x86 = env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch == "x86_64");
+    if is_x86 {
+        compiler.define("TRAINER_KERNEL_LEVELS", None);
+    }
+    for (table, flags) in LEVELS.iter().take(if is_x86 { LEVELS.len() } else { 1 }) {
+        for object in kernels(shim, table, flags)? {
+            compiler.object(object);
+        }
+    }
     if cuda {
         for folder in cuda_headers(&nvidia)? {
             compiler.flag("-isystem").flag(folder.as_os_str());
@@ -82,6 +96,24 @@ fn build() -> Result<(), String> {
         println!("cargo::rustc-link-arg=-Wl,-rpath,{}", nvidia.join("cu13/lib").display());
     }
     Ok(())
+}
+
+/// One level of the kernels. They are optimised in every profile, and products are not fused with additions, so that
+/// all levels give the same bits.
+fn kernels(shim: &Path, table: &str, flags: &[&str]) -> Result<Vec<PathBuf>, String> {
+    let mut compiler = cc::Build::new();
+    compiler
+        .cpp(true)
+        .std("c++17")
+        .opt_level(3)
+        .include(shim)
+        .define("KERNELS", table)
+        .flag("-ffp-contract=off")
+        .flag("-Wno-psabi")
+        .flags(flags)
+        .out_dir(PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join(table))
+        .file(shim.join("kernels.cpp"));
+    compiler.try_compile_intermediates().map_err(|error| format!("the fused functions ({table}): {error}"))
 }
 
 fn check_version(libtorch: &Path) -> Result<(), String> {

@@ -43,14 +43,45 @@ pub fn copy_lookup(leaf: &Tensor, copy: &Tensor, tokens: &Tensor) -> Result<Tens
     Ok(unsafe { ffi::adopt(out) })
 }
 
-/// `loss` as it is, with `gradient / divisor` as its gradient with respect to `leaf`: for a gradient computed along
-/// with the loss.
-pub fn with_gradient(loss: &Tensor, leaf: &Tensor, gradient: &Tensor, divisor: f64) -> Result<Tensor> {
+/// A tensor, and a gradient with respect to it that is known.
+#[derive(Clone, Copy, Debug)]
+pub struct Known<'a> {
+    /// The tensor, which requires a gradient.
+    pub of: &'a Tensor,
+    /// The gradient, of the same extents.
+    pub gradient: &'a Tensor,
+}
+
+/// `loss` as it is, with `gradient / divisor` as its gradient with respect to `hidden` and to `leaf`: for gradients that
+/// are computed along with the loss. That of `hidden` may be of any floating type and arrives in the type of `hidden`;
+/// that of `leaf` is fp32. Where `direct`, the latter is added to the leaf's gradient at once, if it has one.
+pub fn with_gradients(
+    loss: &Tensor,
+    hidden: Option<Known<'_>>,
+    leaf: Option<Known<'_>>,
+    divisor: f64,
+    direct: bool,
+) -> Result<Tensor> {
+    let raws = |known: Option<Known<'_>>| match known {
+        Some(Known { of, gradient }) => (ffi::raw(of), ffi::raw(gradient)),
+        None => (ptr::null(), ptr::null()),
+    };
+    let ((hidden, hidden_gradient), (leaf, leaf_gradient)) = (raws(hidden), raws(leaf));
     let mut out = ptr::null_mut();
-    let status =
-        // SAFETY: pointers are valid for the call; the shim compares the extents.
-        unsafe { ffi::trn_with_gradient(ffi::raw(loss), ffi::raw(leaf), ffi::raw(gradient), divisor, &mut out) };
-    check("attach a gradient", status)?;
+    // SAFETY: pointers are null or valid for the call; the shim compares the extents.
+    let status = unsafe {
+        ffi::trn_with_gradients(
+            ffi::raw(loss),
+            hidden,
+            hidden_gradient,
+            leaf,
+            leaf_gradient,
+            divisor,
+            direct.into(),
+            &mut out,
+        )
+    };
+    check("attach gradients", status)?;
     // SAFETY: the call succeeded, so it wrote a tensor that is ours.
     Ok(unsafe { ffi::adopt(out) })
 }
@@ -100,11 +131,31 @@ mod tests {
     fn a_known_gradient_arrives_divided_and_scaled() {
         let leaf = leaf_like(&weight().to_kind(Kind::BFloat16)).unwrap();
         let other = Tensor::from(2.0_f32).set_requires_grad(true);
-        let loss = with_gradient(&other.square(), &leaf, &weight(), 5.0).unwrap();
+        let gradient = weight();
+        let known = Some(Known { of: &leaf, gradient: &gradient });
+        let loss = with_gradients(&other.square(), None, known, 5.0, false).unwrap();
         assert_eq!(f64::try_from(&loss).unwrap(), 4.0);
         (loss / 4.0).backward();
         assert_eq!(floats(&leaf.grad()), floats(&(weight() * Tensor::from(0.25_f32 / 5.0))));
         assert_eq!(f64::try_from(other.grad()).unwrap(), 1.0, "what the loss comes from learns, too");
+        // Added in place, where the leaf has a gradient.
+        let place = leaf.grad().data_ptr();
+        let loss = with_gradients(&other.square(), None, known, 5.0, true).unwrap();
+        (loss / 4.0).backward();
+        assert_eq!(leaf.grad().data_ptr(), place);
+        assert_eq!(floats(&leaf.grad()), floats(&(weight() * Tensor::from(0.25_f32 / 5.0) * 2.0)));
+    }
+
+    #[test]
+    fn a_known_gradient_of_any_type_is_rounded_once() {
+        let hidden = weight().to_kind(Kind::BFloat16).set_requires_grad(true);
+        let gradient = (weight() * 1e30).to_kind(Kind::BFloat16);
+        let known = Some(Known { of: &hidden, gradient: &gradient });
+        let loss = with_gradients(&Tensor::from(2.0_f32), known, None, 3.0, false).unwrap();
+        (loss * 0.7).backward();
+        let factor = Tensor::from(0.7_f32) / 3.0;
+        let expected = (gradient.to_kind(Kind::Float) * factor).to_kind(Kind::BFloat16);
+        assert_eq!((hidden.grad().kind(), floats(&hidden.grad())), (Kind::BFloat16, floats(&expected)));
     }
 
     #[test]
@@ -115,6 +166,9 @@ mod tests {
         assert!(!tch::no_grad(|| copy_at_use(&leaf, &copy).unwrap()).requires_grad());
         let other = leaf_like(&copy.narrow(0, 0, 3)).unwrap();
         assert!(copy_at_use(&other, &copy).is_err(), "other extents");
-        assert!(with_gradient(&Tensor::from(1.0_f32), &other, &weight(), 1.0).is_err(), "other extents");
+        let gradient = weight();
+        let known = Some(Known { of: &other, gradient: &gradient });
+        assert!(with_gradients(&Tensor::from(1.0_f32), None, known, 1.0, false).is_err(), "other extents");
+        assert!(with_gradients(&Tensor::from(1.0_f32), known, None, 1.0, false).is_err(), "other extents");
     }
 }

@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString, c_char, c_void};
 
 use tch::{Device, Tensor};
 
-use super::{Result, TorchError};
+use super::{DeviceMemory, Result, TorchError};
 
 /// An `at::Tensor`, the pointee of a [`Tensor`].
 #[repr(C)]
@@ -20,7 +20,7 @@ macro_rules! opaque {
         }
     )* };
 }
-opaque!(StoreHandle, GroupHandle, PendingHandle, ReducerHandle, MarkHandle);
+opaque!(StoreHandle, GroupHandle, PendingHandle, ReducingHandle, ReducerHandle, MarkHandle, ClockHandle);
 
 #[repr(C)]
 pub(super) struct Facts {
@@ -71,11 +71,43 @@ unsafe extern "C" {
         tokens: *const AtTensor,
         out: *mut *mut AtTensor,
     ) -> i32;
-    pub(super) fn trn_with_gradient(
+    pub(super) fn trn_with_gradients(
         loss: *const AtTensor,
+        hidden: *const AtTensor,
+        hidden_gradient: *const AtTensor,
         leaf: *const AtTensor,
-        gradient: *const AtTensor,
+        leaf_gradient: *const AtTensor,
         divisor: f64,
+        direct: i32,
+        out: *mut *mut AtTensor,
+    ) -> i32;
+    pub(super) fn trn_fused_levels(out: *mut u64) -> i32;
+    pub(super) fn trn_fused_use_level(level: u64) -> i32;
+    pub(super) fn trn_fused_rms_norm(
+        x: *const AtTensor,
+        weight: *const AtTensor,
+        eps: f64,
+        plus_one: i32,
+        out: *mut *mut AtTensor,
+    ) -> i32;
+    pub(super) fn trn_fused_rotate(
+        x: *const AtTensor,
+        cos: *const AtTensor,
+        sin: *const AtTensor,
+        out: *mut *mut AtTensor,
+    ) -> i32;
+    pub(super) fn trn_fused_gate(gate: *const AtTensor, up: *const AtTensor, act: i32, out: *mut *mut AtTensor) -> i32;
+    pub(super) fn trn_fused_linear(
+        x: *const AtTensor,
+        leaf: *const AtTensor,
+        values: *const AtTensor,
+        bias: *const AtTensor,
+        out: *mut *mut AtTensor,
+    ) -> i32;
+    pub(super) fn trn_fused_cross_entropy(
+        scores: *const AtTensor,
+        targets: *const AtTensor,
+        gradient: i32,
         out: *mut *mut AtTensor,
     ) -> i32;
     pub(super) fn trn_set_num_threads(threads: i32) -> i32;
@@ -114,8 +146,17 @@ unsafe extern "C" {
     pub(super) fn trn_group_all_gather(
         group: *const GroupHandle,
         flat: *const AtTensor,
+        own: *const AtTensor,
         out: *mut *mut PendingHandle,
     ) -> i32;
+    pub(super) fn trn_group_reduce_scatter(
+        group: *const GroupHandle,
+        flat: *const AtTensor,
+        into: *const AtTensor,
+        out: *mut *mut ReducingHandle,
+    ) -> i32;
+    pub(super) fn trn_reducing_finish(reducing: *mut ReducingHandle) -> i32;
+    pub(super) fn trn_reducing_free(reducing: *mut ReducingHandle) -> i32;
     pub(super) fn trn_pending_wait(pending: *const PendingHandle) -> i32;
     pub(super) fn trn_pending_free(pending: *mut PendingHandle) -> i32;
     pub(super) fn trn_group_abort(group: *const GroupHandle) -> i32;
@@ -139,13 +180,30 @@ unsafe extern "C" {
     ) -> i32;
     pub(super) fn trn_reducer_bucket(reducer: *const ReducerHandle, index: usize, out: *mut *mut AtTensor) -> i32;
     pub(super) fn trn_reducer_free(reducer: *mut ReducerHandle) -> i32;
-    pub(super) fn trn_reducer_backward(reducer: *mut ReducerHandle, loss: *const AtTensor, reduce: i32) -> i32;
+    pub(super) fn trn_reducer_begin(reducer: *mut ReducerHandle) -> i32;
+    pub(super) fn trn_reducer_end(reducer: *mut ReducerHandle) -> i32;
+    pub(super) fn trn_reducer_most_held(reducer: *const ReducerHandle, out: *mut u64) -> i32;
+    pub(super) fn trn_backward_from(
+        outputs: *const *const AtTensor,
+        gradients: *const *const AtTensor,
+        count: usize,
+    ) -> i32;
+    pub(super) fn trn_place_gradient(leaf: *const AtTensor, memory: *const AtTensor) -> i32;
 
     pub(super) fn trn_device_count(out: *mut i32) -> i32;
     pub(super) fn trn_use_device(index: i32) -> i32;
     pub(super) fn trn_mark(device: i32, out: *mut *mut MarkHandle) -> i32;
     pub(super) fn trn_mark_free(mark: *mut MarkHandle) -> i32;
     pub(super) fn trn_copy_after(mark: *mut MarkHandle, runs: *const Run, count: usize) -> i32;
+    pub(super) fn trn_clock_new(device: i32, count: usize, out: *mut *mut ClockHandle) -> i32;
+    pub(super) fn trn_clock_free(clock: *mut ClockHandle) -> i32;
+    pub(super) fn trn_clock_mark(clock: *mut ClockHandle, index: usize) -> i32;
+    pub(super) fn trn_clock_seconds(clock: *const ClockHandle, from: usize, to: usize, out: *mut f64) -> i32;
+    pub(super) fn trn_clock_follow(clock: *mut ClockHandle, leaves: *const *const AtTensor, count: usize) -> i32;
+    pub(super) fn trn_clock_watch(clock: *mut ClockHandle, index: usize) -> i32;
+    pub(super) fn trn_clock_noted(clock: *const ClockHandle, out: *mut i32) -> i32;
+    pub(super) fn trn_device_memory(index: i32, out: *mut DeviceMemory) -> i32;
+    pub(super) fn trn_device_name(index: i32, name: *mut c_char, room: usize, capability: *mut i32) -> i32;
     pub(super) fn trn_pin(memory: *mut c_void, bytes: u64) -> i32;
     pub(super) fn trn_unpin(memory: *mut c_void) -> i32;
 }

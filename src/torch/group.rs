@@ -204,10 +204,32 @@ impl ProcessGroup {
     /// from rank r. One dimension, contiguous, the same length and type everywhere. Do not write to `flat`, or read
     /// chunks other than the rank's own, before [`Pending::wait`] returns.
     pub fn all_gather(&self, flat: &Tensor) -> Result<Pending> {
+        self.gather(flat, ptr::null())
+    }
+
+    /// The same, with this rank's chunk in `own`, apart from `flat`: of one dimension, contiguous, of a chunk's length
+    /// and type. Do not write to it, either, before [`Pending::wait`] returns.
+    pub fn all_gather_from(&self, flat: &Tensor, own: &Tensor) -> Result<Pending> {
+        self.gather(flat, ffi::raw(own))
+    }
+
+    fn gather(&self, flat: &Tensor, own: *const ffi::AtTensor) -> Result<Pending> {
         let mut handle = ptr::null_mut();
-        // SAFETY: pointers are valid for the call; the work keeps the tensor's memory.
-        check("all-gather", unsafe { ffi::trn_group_all_gather(self.handle, ffi::raw(flat), &mut handle) })?;
+        // SAFETY: pointers are valid for the call, `own` is null or a tensor; the work keeps the tensors' memory.
+        check("all-gather", unsafe { ffi::trn_group_all_gather(self.handle, ffi::raw(flat), own, &mut handle) })?;
         Ok(Pending { handle })
+    }
+
+    /// Starts to add up chunk r of every rank's `flat` for each rank r, which has as many equal chunks as there are
+    /// ranks. [`Reducing::finish`] adds this rank's sum to `into`, of a chunk's length. One dimension, contiguous, fp32.
+    /// Do not write to either before. Elements are summed in the order of ranks (Gloo), wherever they lie.
+    pub fn reduce_scatter(&self, flat: &Tensor, into: &Tensor) -> Result<Reducing> {
+        let mut handle = ptr::null_mut();
+        let status =
+            // SAFETY: pointers are valid for the call; the exchange keeps the tensors' memory.
+            unsafe { ffi::trn_group_reduce_scatter(self.handle, ffi::raw(flat), ffi::raw(into), &mut handle) };
+        check("reduce-scatter", status)?;
+        Ok(Reducing { handle })
     }
 
     /// Returns when every rank has called it.
@@ -248,6 +270,29 @@ impl Drop for Pending {
     fn drop(&mut self) {
         // SAFETY: made by the shim and freed once.
         unsafe { ffi::trn_pending_free(self.handle) };
+    }
+}
+
+/// A reduce-scatter under way. Dropping it does not wait, and adds nothing: the work continues and keeps its resources.
+#[derive(Debug)]
+#[must_use = "its result is there only after it has finished"]
+pub struct Reducing {
+    handle: *mut ffi::ReducingHandle,
+}
+
+impl Reducing {
+    /// Waits for the other ranks' chunks, and adds their sum to where it belongs: on return (Gloo), or before all later
+    /// work of the device's current stream (NCCL).
+    pub fn finish(self) -> Result<()> {
+        // SAFETY: made by the shim and not freed yet.
+        check("wait for a reduce-scatter", unsafe { ffi::trn_reducing_finish(self.handle) })
+    }
+}
+
+impl Drop for Reducing {
+    fn drop(&mut self) {
+        // SAFETY: made by the shim and freed once.
+        unsafe { ffi::trn_reducing_free(self.handle) };
     }
 }
 
@@ -338,6 +383,49 @@ pub(crate) mod tests {
             let want: Vec<Vec<f32>> =
                 (1..4).map(|number| (0..12).map(|i| (i / 4 + 10 * number) as f32).collect()).collect();
             assert!(got.iter().all(|got| *got == want), "{kind:?}: {got:?}");
+        }
+    }
+
+    #[test]
+    fn a_gather_takes_a_chunk_from_elsewhere_and_one_of_another_length_is_refused() {
+        let got = ranks(3, LIMIT, |group| {
+            let own = Tensor::full([4], f64::from(group.rank().get()), (Kind::BFloat16, Device::Cpu));
+            let flat = Tensor::full([12], -1.0, (Kind::BFloat16, Device::Cpu));
+            group.all_gather_from(&flat, &own).unwrap().wait().unwrap();
+            assert!(group.all_gather_from(&flat, &own.narrow(0, 0, 3)).is_err());
+            assert!(group.all_gather_from(&flat, &own.to_kind(Kind::Float)).is_err());
+            Vec::<f32>::try_from(flat.to_kind(Kind::Float)).unwrap()
+        });
+        assert!(got.iter().all(|got| *got == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2].map(|i| i as f32)), "{got:?}");
+    }
+
+    /// Numbers whose sum depends on the order: it is that of ranks, for every chunk.
+    #[test]
+    fn a_reduce_scatter_adds_each_ranks_chunk_in_the_order_of_ranks() {
+        let value = |rank: u32, place: i64| ((rank + 1) as f32).powi(7) * 0.1 / (place + 3) as f32;
+        for world in [1, 2, 3, 5] {
+            let got = ranks(world, LIMIT, |group| {
+                let rank = group.rank().get();
+                let flat = |scale: f32| {
+                    let values: Vec<f32> = (0..4 * i64::from(world)).map(|at| scale * value(rank, at)).collect();
+                    Tensor::from_slice(&values)
+                };
+                let into = Tensor::ones([4], (Kind::Float, Device::Cpu));
+                // Two under way at a time.
+                let (flats, other) = ([flat(1.0), flat(-3.0)], Tensor::zeros([4], (Kind::Float, Device::Cpu)));
+                let first = group.reduce_scatter(&flats[0], &into).unwrap();
+                let second = group.reduce_scatter(&flats[1], &other).unwrap();
+                first.finish().unwrap();
+                second.finish().unwrap();
+                assert!(group.reduce_scatter(&flats[0], &into.narrow(0, 0, 3)).is_err());
+                [into, other].map(|tensor| Vec::<f32>::try_from(tensor).unwrap())
+            });
+            for (rank, [into, other]) in (0..).zip(got) {
+                for (at, (one, two)) in (4 * rank..).zip(into.into_iter().zip(other)) {
+                    let sum = |scale: f32| (0..world).map(|rank| scale * value(rank, at)).reduce(|a, b| a + b).unwrap();
+                    assert_eq!((one, two), (1.0 + sum(1.0), sum(-3.0)), "place {at} on {world} ranks");
+                }
+            }
         }
     }
 

@@ -15,9 +15,11 @@
 //! ends the process when a collective exceeds its time limit.
 
 mod bytes;
+mod clock;
 mod copier;
 mod copies;
 mod ffi;
+pub mod fused;
 mod group;
 mod optim;
 mod reducer;
@@ -30,13 +32,14 @@ use crate::{
 };
 
 pub use bytes::{Mapped, Pinned, byte_len, load_bytes, store_bytes};
+pub use clock::{Clock, DeviceKind, DeviceMemory, device_kind, device_memory};
 pub use copier::{Copied, CopyJob, CopyTicket, HostCopier};
-pub use copies::{copy_at_use, copy_lookup, leaf_like, with_gradient};
+pub use copies::{Known, copy_at_use, copy_lookup, leaf_like, with_gradients};
 #[cfg(test)]
 pub(crate) use group::tests::{LIMIT, ranks};
-pub use group::{Backend, Pending, ProcessGroup, Store};
+pub use group::{Backend, Pending, ProcessGroup, Reducing, Store};
 pub use optim::{AdamW, Moments, adamw_step, grad_norm};
-pub use reducer::{Bucket, Reducer, Reduction, gradients, zero_gradients};
+pub use reducer::{Bucket, Reducer, Reduction, backward_from, gradients, place_gradient, zero_gradients};
 pub use runtime::{
     device_count, manual_seed, pick_device, rng_state, set_deterministic, set_interop_threads, set_num_threads,
     set_rng_state,

@@ -17,6 +17,7 @@ use tch::Tensor;
 use super::{
     ProcessGroup, Result, TorchError,
     ffi::{self, check},
+    tch_result,
 };
 
 /// The treatment of the gradients that a backward pass has added up.
@@ -26,6 +27,13 @@ pub enum Reduction {
     Accumulate,
     /// Averages the accumulated gradients over the ranks: the last micro-batch.
     Average,
+}
+
+impl Reduction {
+    /// Of a rank's `last` pass of a step, or of one before it.
+    pub const fn of(last: bool) -> Self {
+        if last { Self::Average } else { Self::Accumulate }
+    }
 }
 
 /// One bucket of a sharded reducer. All counts are elements.
@@ -127,9 +135,39 @@ impl Reducer {
     /// checked. All ranks must average together. After an error the gradients are undefined and the reducer is
     /// unusable.
     pub fn backward(&self, loss: &Tensor, reduction: Reduction) -> Result<()> {
-        let reduce = (reduction == Reduction::Average).into();
-        // SAFETY: both are alive for the call.
-        check("backward pass", unsafe { ffi::trn_reducer_backward(self.handle, ffi::raw(loss), reduce) })
+        self.begin(reduction)?;
+        // A gradient of 1, as autograd begins with.
+        let one = tch_result("backward pass", loss.f_ones_like())?;
+        backward_from(&[loss], &[&one])?;
+        self.end(reduction)
+    }
+
+    /// For a backward pass that consists of several calls of [`backward_from`]: before the first of them. With
+    /// [`Reduction::Average`] each parameter's gradient must arrive once, in whatever call, before [`Reducer::end`].
+    pub fn begin(&self, reduction: Reduction) -> Result<()> {
+        match reduction {
+            Reduction::Accumulate => Ok(()),
+            // SAFETY: the reducer is alive for the call.
+            Reduction::Average => check("backward pass", unsafe { ffi::trn_reducer_begin(self.handle) }),
+        }
+    }
+
+    /// After the last call: waits for the averages, if they are wanted.
+    pub fn end(&self, reduction: Reduction) -> Result<()> {
+        match reduction {
+            Reduction::Accumulate => Ok(()),
+            // SAFETY: the reducer is alive for the call.
+            Reduction::Average => check("backward pass", unsafe { ffi::trn_reducer_end(self.handle) }),
+        }
+    }
+
+    /// The most bytes that a sharded reducer has held at a time for what other ranks sent, beside its buckets: those of
+    /// two buckets on a CPU, none on a GPU.
+    pub fn most_held(&self) -> Result<u64> {
+        let mut bytes = 0;
+        // SAFETY: pointers are valid for the call.
+        check("read a reducer", unsafe { ffi::trn_reducer_most_held(self.handle, &mut bytes) })?;
+        Ok(bytes)
     }
 }
 
@@ -138,6 +176,26 @@ impl Drop for Reducer {
         // SAFETY: made by the shim and freed once; it takes its hooks off the parameters.
         unsafe { ffi::trn_reducer_free(self.handle) };
     }
+}
+
+/// Runs a backward pass from `outputs`, whose gradients are `gradients`, adding to the gradients of the leaves. A leaf
+/// may be an output itself: what arrives at it from the others is added to its gradient here, and the sum to what the
+/// leaf has, as one addition.
+pub fn backward_from(outputs: &[&Tensor], gradients: &[&Tensor]) -> Result<()> {
+    let doing = "backward pass";
+    if outputs.len() != gradients.len() {
+        return Err(TorchError::Lists { doing });
+    }
+    let raws = |tensors: &[&Tensor]| tensors.iter().map(|tensor| ffi::raw(tensor)).collect::<Vec<_>>();
+    let (outputs, gradients) = (raws(outputs), raws(gradients));
+    // SAFETY: the tensors are alive for the call, and the lists have one length.
+    check(doing, unsafe { ffi::trn_backward_from(outputs.as_ptr(), gradients.as_ptr(), outputs.len()) })
+}
+
+/// Lets the gradient of `leaf` be added to `memory`, which has its extents, type and device.
+pub fn place_gradient(leaf: &Tensor, memory: &Tensor) -> Result<()> {
+    // SAFETY: both are alive for the call; the shim compares them and takes a reference of its own.
+    check("place a gradient", unsafe { ffi::trn_place_gradient(ffi::raw(leaf), ffi::raw(memory)) })
 }
 
 /// Sets every parameter's gradient to zero in place; creates one if there is none.
@@ -387,6 +445,90 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Two buckets' worth on a CPU, however many there are, and the same averages as with all of them.
+    #[test]
+    fn exchanges_of_many_buckets_hold_the_memory_of_two() {
+        let grads = |buckets: &'static [&'static [usize]]| {
+            ranks(3, LIMIT, move |group| {
+                let model = Model::new();
+                let lens: Vec<u64> = model.params.iter().map(|param| param.numel() as u64).collect();
+                let buckets: Vec<Bucket> = buckets
+                    .iter()
+                    .map(|params| {
+                        let len: u64 = params.iter().map(|&param| lens[param]).sum();
+                        Bucket { params: params.to_vec(), chunk: len.div_ceil(3) }
+                    })
+                    .collect();
+                let reducer = Reducer::sharded(&model.params, &group, &buckets).unwrap();
+                let mut own = Vec::new();
+                for _ in 0..2 {
+                    reduce(&model, &reducer, &group, 2);
+                    own.clear();
+                    for (index, bucket) in buckets.iter().enumerate() {
+                        let chunk = bucket.chunk as i64;
+                        let begin = chunk * i64::from(group.rank().get());
+                        own.push(bytes(&reducer.bucket(index).unwrap().narrow(0, begin, chunk)));
+                    }
+                    zero_gradients(&model.params).unwrap();
+                }
+                let sizes: Vec<u64> = buckets.iter().map(|bucket| 3 * 4 * bucket.chunk).collect();
+                (own, sizes, reducer.most_held().unwrap())
+            })
+        };
+        for (own, sizes, held) in grads(&[&[3], &[2], &[1], &[0]]) {
+            let most = sizes.windows(2).map(|pair| pair[0] + pair[1]).max().unwrap();
+            assert!(held <= most && held >= *sizes.iter().max().unwrap(), "{held} bytes held of {sizes:?}");
+            assert!(own.iter().any(|chunk| chunk.iter().any(|&byte| byte != 0)));
+        }
+    }
+
+    /// A leaf's two contributions, of two calls, are added up before the leaf's own gradient: as in one call.
+    #[test]
+    fn a_backward_pass_in_several_calls_has_the_bits_of_one() {
+        let mut seen = Vec::new();
+        for parts in [false, true] {
+            seen.push(ranks(2, LIMIT, |group| {
+                let (first, second) =
+                    (noise(&[16, 8], 1).set_requires_grad(true), noise(&[8], 2).set_requires_grad(true));
+                let params = [first.shallow_clone(), second.shallow_clone()];
+                let reducer = Reducer::new(&params, &group, 64, 64).unwrap();
+                for (number, last) in [(1, false), (2, false), (3, true)] {
+                    let reduction = if last { Reduction::Average } else { Reduction::Accumulate };
+                    let x = noise(&[4, 16], 10 * number + u64::from(group.rank().get()));
+                    let hidden = x.matmul(&first).tanh();
+                    // `first` is used at both ends.
+                    let end = |hidden: &Tensor| (hidden * &second).matmul(&first.tr()).square().mean(Kind::Float);
+                    if parts {
+                        reducer.begin(reduction).unwrap();
+                        let cut = hidden.detach().set_requires_grad(true);
+                        let loss = end(&cut);
+                        let grads = Tensor::run_backward(&[&loss], &[&cut, &first, &second], false, false);
+                        backward_from(&[&second], &[&grads[2]]).unwrap();
+                        backward_from(&[&hidden, &first], &[&grads[0], &grads[1]]).unwrap();
+                        reducer.end(reduction).unwrap();
+                    } else {
+                        reducer.backward(&end(&hidden), reduction).unwrap();
+                    }
+                }
+                gradients(&params).unwrap().iter().map(bytes).collect::<Vec<_>>()
+            }));
+        }
+        assert!(seen[0] == seen[1]);
+        assert!(seen[0][0].iter().any(|gradient| gradient.iter().any(|&byte| byte != 0)));
+    }
+
+    #[test]
+    fn gradients_are_added_to_the_memory_that_is_named() {
+        let leaf = noise(&[3, 2], 1).set_requires_grad(true);
+        let memory = Tensor::ones([6], F32);
+        place_gradient(&leaf, &memory.view([3, 2])).unwrap();
+        leaf.sum(Kind::Float).backward();
+        assert_eq!(Vec::<f32>::try_from(&memory).unwrap(), [2.0; 6]);
+        assert!(place_gradient(&leaf, &memory).is_err(), "other extents");
+        assert!(place_gradient(&memory, &memory).is_err(), "no leaf");
+        assert!(backward_from(&[&leaf], &[]).is_err());
     }
 
     fn reduce(model: &Model, reducer: &Reducer, group: &ProcessGroup, passes: i64) -> Vec<Tensor> {

@@ -34,7 +34,8 @@ pub fn set_interop_threads(count: u32) -> Result<()> {
     check(doing, unsafe { ffi::trn_set_interop_threads(count) })
 }
 
-/// Makes operations give the same bits each time, or fail if no such implementation exists.
+/// Makes operations give the same bits each time, or fail if no such implementation exists. Not so (`false`): they may
+/// be faster, and on a GPU cuDNN computes attention wherever it can.
 pub fn set_deterministic(on: bool) -> Result<()> {
     // SAFETY: takes a flag.
     check("set determinism", unsafe { ffi::trn_set_deterministic(on.into()) })

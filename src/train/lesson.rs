@@ -11,10 +11,13 @@ use crate::{
     config::{ModelConfig, Passes, Spread, TrainConfig},
     error::{Context, Error, Kind, Result},
     ids::Step,
-    model::{self, BuildSettings, Leaves, Model},
+    model::{self, Batch, BuildSettings, Leaves, Model},
     protocol::HeldOutSum,
     task::{Arithmetic, Learner, Opened},
-    torch,
+    torch::{
+        self,
+        fused::{self, Verified},
+    },
 };
 
 /// The loss of a batch.
@@ -25,6 +28,33 @@ pub struct Loss {
     /// Its targets.
     pub targets: u64,
 }
+
+/// What a loss is computed from: a model with its newest batch.
+pub enum Newest<'a> {
+    /// Stage by stage, or in one go.
+    Language {
+        /// The model.
+        model: &'a dyn Model,
+        /// The batch.
+        batch: &'a Batch,
+    },
+    /// In one go.
+    Own(&'a Learner),
+}
+
+impl Newest<'_> {
+    /// The loss. `backward()` may be called on it once.
+    pub fn loss(&self) -> Result<Loss> {
+        let (mean, targets) = match self {
+            Self::Language { model, batch } => (model.batch_loss(batch)?, batch.targets.count()),
+            Self::Own(learner) => learner.loss()?,
+        };
+        Ok(Loss { mean, targets })
+    }
+}
+
+/// Computes the losses of single targets, in the order of a batch's targets.
+pub type TargetLosses<'a> = dyn FnMut(&dyn Model, &Batch) -> Result<Tensor> + 'a;
 
 /// A model with its samples, on one rank.
 pub trait Lesson {
@@ -49,15 +79,25 @@ pub trait Lesson {
     /// Makes the batch of the samples at these positions of the run's cursor.
     fn read(&mut self, positions: Range<u64>) -> Result<()>;
 
-    /// The loss of the newest batch. `backward()` may be called on it once.
-    fn loss(&self) -> Result<Loss>;
+    /// The model with the newest batch.
+    fn newest(&self) -> Result<Newest<'_>>;
+
+    /// The language model, if that is what learns.
+    fn model(&self) -> Option<&dyn Model>;
 
     /// The sums that [`Lesson::measure`] fills: one for each source of held-out samples, or one without a name.
     fn sums(&self) -> Vec<HeldOutSum>;
 
     /// Adds to `sums` what is measured of these of `count` held-out samples. What is added is rounded to
-    /// 2⁻²⁴, so that a sum is the same whatever ranks and batches it is made of.
-    fn measure(&mut self, samples: Range<u64>, count: u64, sums: &mut [HeldOutSum]) -> Result<()>;
+    /// 2⁻²⁴, so that a sum is the same whatever ranks and batches it is made of. A language model is measured with
+    /// `losses`.
+    fn measure(
+        &mut self,
+        samples: Range<u64>,
+        count: u64,
+        sums: &mut [HeldOutSum],
+        losses: &mut TargetLosses<'_>,
+    ) -> Result<()>;
 }
 
 /// Losses of single targets are rounded to multiples of this: sums of them are exact up to half a thousand million, so
@@ -85,7 +125,15 @@ impl Language {
             None => model::build(model.kind, &model.config, &settings),
             Some(lora) => model::lora::build(model.kind, &model.config, &settings, lora),
         };
-        Ok(Self { model: model.context("build model")?, batches })
+        let mut model = model.context("build model")?;
+        if train.fused {
+            let Verified { fused, left_out } = fused::verified(place.device);
+            for problem in left_out {
+                tracing::warn!("a fused function is left out, LibTorch computes in its place: {problem}");
+            }
+            model.use_fused(*fused);
+        }
+        Ok(Self { model, batches })
     }
 }
 
@@ -122,18 +170,28 @@ impl Lesson for Language {
         Ok(self.batches.at_positions(positions)?)
     }
 
-    fn loss(&self) -> Result<Loss> {
+    fn newest(&self) -> Result<Newest<'_>> {
         let batch = self.batches.newest().ok_or_else(|| Error::new(Kind::Bug, "no batch was read"))?;
-        Ok(Loss { mean: self.model.batch_loss(batch)?, targets: batch.targets.count() })
+        Ok(Newest::Language { model: self.model.as_ref(), batch })
+    }
+
+    fn model(&self) -> Option<&dyn Model> {
+        Some(self.model.as_ref())
     }
 
     fn sums(&self) -> Vec<HeldOutSum> {
         self.batches.source_names().map(HeldOutSum::of).collect()
     }
 
-    fn measure(&mut self, samples: Range<u64>, count: u64, sums: &mut [HeldOutSum]) -> Result<()> {
+    fn measure(
+        &mut self,
+        samples: Range<u64>,
+        count: u64,
+        sums: &mut [HeldOutSum],
+        losses: &mut TargetLosses<'_>,
+    ) -> Result<()> {
         let (batch, sources) = self.batches.held_out_at(samples, count)?;
-        let losses = tch::no_grad(|| self.model.target_losses(batch))?;
+        let losses = losses(self.model.as_ref(), batch)?;
         let losses = torch::tch_result("read losses", Vec::<f32>::try_from(&losses))?;
         for (at, loss) in losses.into_iter().enumerate() {
             // Data without sources has one sum, and no list of them.
@@ -193,16 +251,25 @@ impl Lesson for Own {
         Ok(self.learner.read(positions)?)
     }
 
-    fn loss(&self) -> Result<Loss> {
-        let (mean, targets) = self.learner.loss()?;
-        Ok(Loss { mean, targets })
+    fn newest(&self) -> Result<Newest<'_>> {
+        Ok(Newest::Own(&self.learner))
+    }
+
+    fn model(&self) -> Option<&dyn Model> {
+        None
     }
 
     fn sums(&self) -> Vec<HeldOutSum> {
         vec![HeldOutSum::of("")]
     }
 
-    fn measure(&mut self, samples: Range<u64>, _: u64, sums: &mut [HeldOutSum]) -> Result<()> {
+    fn measure(
+        &mut self,
+        samples: Range<u64>,
+        _: u64,
+        sums: &mut [HeldOutSum],
+        _: &mut TargetLosses<'_>,
+    ) -> Result<()> {
         self.learner.read_held_out(samples)?;
         let (mean, targets) = tch::no_grad(|| self.learner.metric())?;
         if let Some(sum) = sums.first_mut() {

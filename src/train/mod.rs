@@ -29,9 +29,11 @@ mod schedule;
 pub mod state;
 mod step;
 pub mod strategy;
+mod timing;
 
 pub use self::{
     batch::Batches,
     lesson::{Language, Lesson, Own},
     step::{Built, HeldOut, Pass, Place, Training, Update},
+    timing::{Part, Timer},
 };

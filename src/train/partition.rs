@@ -1,7 +1,8 @@
-//! The assignment of elements to ranks under ZeRO-1 (Rajbhandari et al., arXiv 1910.02054, stage 1).
+//! The assignment of elements to ranks under ZeRO (Rajbhandari et al., arXiv 1910.02054, stages 1 and 3).
 //!
-//! Trained parameters lie one after the other in buckets, the last one first, because gradients arrive about in that
-//! order. Each bucket is cut into as many equal chunks as there are ranks, and rank r has chunk r of every bucket: its
+//! Trained parameters lie one after the other in buckets: the last one first, because gradients arrive about in that
+//! order, in buckets of about one size ([`Partition::new`]); or in buckets that somebody else has chosen
+//! ([`Partition::of`]). Each bucket is cut into as many equal chunks as there are ranks, and rank r has chunk r of every bucket: its
 //! moments, its fp32 weights, its update. So a large embedding is divided like everything else, and a bucket can be
 //! reduced, updated and gathered while others are still computed (as in Megatron-LM's distributed optimizer).
 //!
@@ -80,6 +81,23 @@ impl Partition {
                 open = bucket.len * GRADIENT_BYTES < limit;
             }
         }
+        Self::with_chunks(buckets, world)
+    }
+
+    /// Of buckets that consist of these parameters, in their order; `lens`: the elements of every parameter.
+    pub fn of(buckets: &[Vec<usize>], lens: &[u64], world: WorldSize) -> Self {
+        let section = |params: &Vec<usize>| {
+            let mut section = Section { members: Vec::with_capacity(params.len()), len: 0, chunk: 0 };
+            for &param in params {
+                section.members.push(Member { param, offset: section.len, len: lens[param] });
+                section.len += lens[param];
+            }
+            section
+        };
+        Self::with_chunks(buckets.iter().map(section).collect(), world)
+    }
+
+    fn with_chunks(mut buckets: Vec<Section>, world: WorldSize) -> Self {
         for bucket in &mut buckets {
             bucket.chunk = bucket.len.div_ceil(u64::from(world.get()).max(1)).next_multiple_of(ALIGN).max(ALIGN);
         }
@@ -148,6 +166,19 @@ mod tests {
         assert_eq!(pieces.len(), 2);
         let tiny = Partition::new(&[5], WorldSize(2), 1024, 1024);
         assert_eq!((tiny.chunk(0, Rank(0)), tiny.chunk(0, Rank(1))), ((0, 5), (64, 0)));
+    }
+
+    #[test]
+    fn buckets_that_are_given_are_cut_into_chunks_like_others() {
+        let lens = [10_000, 100, 20, 300];
+        let given = Partition::of(&[vec![3], vec![2, 1, 0]], &lens, WorldSize(3));
+        assert_eq!(given, Partition::new(&lens, WorldSize(3), 1024, 2000));
+        let other = Partition::of(&[vec![0], vec![1, 3], vec![2]], &lens, WorldSize(2));
+        let pieces: Vec<Piece> = other.pieces(Rank(1)).collect();
+        assert_eq!(pieces[0], Piece { bucket: 0, param: 0, begin: 5056, end: 10_000, at: 0 });
+        assert_eq!(pieces[1], Piece { bucket: 1, param: 3, begin: 156, end: 300, at: 0 });
+        // All of the last bucket is in the first rank's chunk.
+        assert_eq!(pieces.len(), 2);
     }
 
     proptest! {

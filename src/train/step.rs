@@ -1,20 +1,22 @@
 //! One step: batch → passes → clip → optimizer. And what comes before the first, and between two.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tch::{Device, Tensor};
 
 use super::{
-    lesson::{Lesson, Loss},
+    lesson::Lesson,
     schedule,
     state::State,
-    strategy::{self, Layout, Peers, Strategy},
+    strategy::{self, Graph, Layout, Peers, Strategy, stages},
+    timing::{Part, Timer},
 };
 use crate::{
-    config::{self, DataConfig, ParallelConfig, TrainConfig, share},
+    config::{self, Activations, DataConfig, ParallelConfig, Spread, TrainConfig, share},
     data::sampler::batch as positions,
     error::{Error, Kind, Result},
     ids::{Rank, Step, WorldSize},
+    model::{Batch, Model, Parameter},
     protocol::HeldOutSum,
     torch,
 };
@@ -59,8 +61,15 @@ impl Built {
     /// Ready for the first step. The state must be loaded by then.
     pub fn start(self, data: &DataConfig, peers: Peers) -> Result<Training> {
         let Self { lesson, layout, train, place, .. } = self;
+        let strategy = layout.connect(peers)?;
+        // Alone, nothing is reduced.
+        let leaves = lesson.leaves().parameters().iter().filter_map(Parameter::leaf);
+        let leaves = leaves.filter(|_| place.world.get() > 1).map(Tensor::shallow_clone);
+        let timer = Timer::new(place.device, lesson.passes().iter().count(), &leaves.collect::<Vec<_>>())?;
         Ok(Training {
-            strategy: layout.connect(peers)?,
+            graph: graph(train.activations, strategy.is_staged()),
+            strategy,
+            timer,
             validation_every: data.validation_every,
             validation_sequences: data.validation_sequences,
             train,
@@ -78,6 +87,8 @@ pub struct Training {
     place: Place,
     lesson: Box<dyn Lesson>,
     strategy: Box<dyn Strategy>,
+    graph: Graph,
+    timer: Timer,
 }
 
 /// The result of a step's passes. The numbers are on the device: the caller chooses when to read them.
@@ -85,8 +96,6 @@ pub struct Training {
 pub struct Pass {
     /// This rank's part of the step's loss: the mean of it over all ranks is the mean over all targets of the step.
     pub loss: Tensor,
-    /// Time spent reading data.
-    pub data: Duration,
 }
 
 /// The result of an update.
@@ -106,34 +115,44 @@ impl Training {
     /// Gradients of `step`, reduced under the last backward pass.
     pub fn forward_backward(&mut self, step: Step) -> Result<Pass> {
         let Place { rank, world, .. } = self.place;
-        let reading = Instant::now();
+        self.timer.lap(Part::Between)?;
         let step_targets = self.targets(step)?;
-        let mut data = reading.elapsed();
         let mut cursor = positions(step, self.train.global_batch, rank, world).start;
         let mut total: Option<Tensor> = None;
         for config::Pass { sequences, last } in self.lesson.passes().iter() {
             // Whatever is drawn for these sequences depends on their place in the run, not on who computes them.
             torch::manual_seed(pass_seed(self.train.seed, cursor))?;
-            let reading = Instant::now();
             let end = cursor + u64::from(sequences);
             self.lesson.read(cursor..end)?;
             cursor = end;
-            data += reading.elapsed();
+            self.timer.lap(Part::Data)?;
 
             // The weights are read from here on.
             self.strategy.settle()?;
-            let Loss { mean, targets } = self.lesson.loss()?;
-            let divisor = config::divisor(step_targets, targets, world);
-            let loss = torch::tch_result("scale loss", mean.f_div_scalar(divisor))?;
-            self.strategy.backward(&loss, last)?;
-            let loss = loss.detach();
+            self.timer.lap(Part::Optimizer)?;
+            let divisor = |targets| config::divisor(step_targets, targets, world);
+            let newest = self.lesson.newest()?;
+            let loss = stages::pass(self.strategy.as_mut(), &newest, self.graph, &divisor, last, &mut self.timer)?;
             total = Some(match total {
                 None => loss,
                 Some(sum) => torch::tch_result("sum losses", sum.f_add(&loss))?,
             });
         }
+        self.join_passes_of_others()?;
+        self.strategy.reduce()?;
+        self.timer.lap(Part::Reduce)?;
         let loss = total.ok_or_else(|| Error::new(Kind::Bug, "a step without a micro-batch"))?;
-        Ok(Pass { loss, data })
+        Ok(Pass { loss })
+    }
+
+    /// Where all ranks do each pass together, this one takes part in those for which it has no samples left.
+    fn join_passes_of_others(&mut self) -> Result<()> {
+        let (true, Some(model)) = (self.strategy.is_staged(), self.lesson.model()) else { return Ok(()) };
+        let spread = Spread::new(self.train.global_batch, self.place.world, self.train.max_micro_batch)?;
+        for _ in self.lesson.passes().iter().count()..spread.most_passes() {
+            stages::idle_pass(self.strategy.as_mut(), model)?;
+        }
+        Ok(())
     }
 
     /// The targets of `step` on all ranks: the same number on each of them, without asking the others. A step without
@@ -150,7 +169,13 @@ impl Training {
         let lr = schedule::learning_rate(schedule, optimizer.lr, step, *steps);
         let grad_norm = self.strategy.step(optimizer, step, lr)?;
         self.strategy.zero_grad()?;
+        self.timer.lap(Part::Optimizer)?;
         Ok(Update { grad_norm, lr })
+    }
+
+    /// Measures the time of its steps.
+    pub fn timer(&mut self) -> &mut Timer {
+        &mut self.timer
     }
 
     /// Waits until the last update has reached this rank's weights: before they are copied, and before peers may leave.
@@ -171,21 +196,40 @@ impl Training {
     }
 
     /// The held-out loss over this rank's share; `None`: abandoned, since `is_over` said before a pass that nobody
-    /// waits for it.
+    /// waits for it. Where all ranks do each pass together, they abandon it together.
     pub fn evaluate(&mut self, is_over: impl Fn() -> bool) -> Result<Option<HeldOut>> {
+        let Place { rank, world, .. } = self.place;
         let count = self.lesson.held_out().min(u64::from(self.validation_sequences));
-        let mut samples = share(count, self.place.rank, self.place.world);
-        self.strategy.settle()?;
+        let mut samples = share(count, rank, world);
+        let strategy = self.strategy.as_mut();
+        strategy.settle()?;
         let mut sums = self.lesson.sums();
-        while !samples.is_empty() {
-            if is_over() {
+        let largest =
+            if strategy.is_staged() { count.div_ceil(world.get().into()) } else { samples.end - samples.start };
+        for _ in 0..largest.div_ceil(u64::from(self.train.max_micro_batch)) {
+            if strategy.any(is_over())? {
                 return Ok(None);
             }
+            if samples.is_empty() {
+                self.lesson.model().map_or(Ok(()), |model| stages::idle_losses(strategy, model))?;
+                continue;
+            }
             let end = (samples.start + u64::from(self.train.max_micro_batch)).min(samples.end);
-            self.lesson.measure(samples.start..end, count, &mut sums)?;
+            let mut losses = |model: &dyn Model, batch: &Batch| stages::target_losses(strategy, model, batch);
+            self.lesson.measure(samples.start..end, count, &mut sums, &mut losses)?;
             samples.start = end;
         }
         Ok(Some(HeldOut(sums)))
+    }
+}
+
+/// What passes keep. A staged strategy has a block's weights for as
+/// long as it is computed, and keeps no graph of it.
+fn graph(activations: Activations, is_staged: bool) -> Graph {
+    match activations {
+        _ if is_staged => Graph::Blocks { keep: 0 },
+        Activations::Block => Graph::Blocks { keep: 0 },
+        Activations::Keep | Activations::Auto => Graph::Whole,
     }
 }
 
@@ -212,9 +256,11 @@ mod tests {
     use crate::{
         config::{self, ModelConfig, ModelKind, OptimizerConfig, Precision, ScheduleConfig, ScheduleKind},
         data::Dataset,
-        snapshot::plan::plan,
-        torch::{LIMIT, ProcessGroup, ranks, store_bytes},
-        train::{Batches, Language},
+        torch::{LIMIT, ProcessGroup, ranks},
+        train::{
+            Batches, Language,
+            state::testing::{Held, files, held, together},
+        },
     };
 
     /// What a run says, and a folder with its data.
@@ -271,7 +317,10 @@ mod tests {
                 max_micro_batch,
                 seed: 7,
                 precision,
+                activations: config::Activations::Keep,
                 threads: 1,
+                fused: true,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 1e-2,
                     betas: [0.9, 0.95],
@@ -288,6 +337,7 @@ mod tests {
                 device: config::Device::Auto,
                 bucket_mib: 1,
                 mixed: false,
+                peak_tflops: None,
             },
         }
     }
@@ -327,22 +377,6 @@ mod tests {
         seen
     }
 
-    /// The files that this rank would save.
-    fn files(state: &State, place: Place) -> Vec<Bytes> {
-        let plans = plan(state.specs(), place.world, 4096).unwrap();
-        let shards = plans.into_iter().nth(place.rank.get() as usize).unwrap().shards;
-        let file = |shard: crate::snapshot::plan::ShardPlan| {
-            let mut file = shard.header;
-            for place in shard.tensors {
-                let start = file.len();
-                file.resize(start + place.len as usize, 0);
-                store_bytes(&state.tensors()[place.tensor], &mut file[start..]).unwrap();
-            }
-            Bytes::from(file)
-        };
-        shards.into_iter().map(file).collect()
-    }
-
     /// Every rank from its start to its end; `None` as a group: there is one.
     fn everywhere<T: Send>(world: u32, body: impl Fn(Option<ProcessGroup>) -> T + Sync) -> Vec<T> {
         if world == 1 { vec![body(None)] } else { ranks(world, LIMIT, |group| body(Some(group))) }
@@ -350,13 +384,16 @@ mod tests {
 
     #[test]
     fn a_run_that_is_resumed_gives_the_bits_of_one_that_nobody_disturbed() {
-        use config::Strategy::{Ddp, Zero1};
+        use config::Strategy::{Ddp, Shard, Zero1};
         for (strategy, world, precision) in [
             (Ddp, 1, Precision::Fp32),
             (Ddp, 2, Precision::Bf16),
             (Zero1, 2, Precision::Fp32),
             (Zero1, 2, Precision::Bf16),
+            (Shard, 2, Precision::Fp32),
+            (Shard, 2, Precision::Bf16),
             // 8 sequences on 3: 2, 3, 3.
+            (Shard, 3, Precision::Bf16),
             (Ddp, 3, Precision::Bf16),
             (Zero1, 3, Precision::Fp32),
         ] {
@@ -369,16 +406,17 @@ mod tests {
         let case = format!("{:?} {world} {:?}", run.parallel.strategy, run.train.precision);
         let whole = everywhere(world, |group| {
             let (mut training, state) = rank(run, group, None);
-            (train(&mut training, 1..=6), files(&state, training.place))
+            (train(&mut training, 1..=6), held(&state))
         });
         let half = everywhere(world, |group| {
             let (mut training, state) = rank(run, group, None);
-            (train(&mut training, 1..=3), files(&state, training.place))
+            (train(&mut training, 1..=3), held(&state))
         });
-        let saved: Vec<Bytes> = half.iter().flat_map(|(_, files)| files.clone()).collect();
+        let (_, saved): (Vec<_>, Vec<Held>) = half.iter().cloned().unzip();
+        let saved = files(&saved);
         let rest = everywhere(world, |group| {
             let (mut training, state) = rank(run, group, Some(&saved));
-            (train(&mut training, 4..=6), files(&state, training.place))
+            (train(&mut training, 4..=6), held(&state))
         });
         for ((whole, half), rest) in whole.iter().zip(&half).zip(&rest) {
             assert_eq!(whole.0, [half.0.as_slice(), &rest.0].concat(), "{case}");
@@ -415,8 +453,10 @@ mod tests {
                 let begin = all.start + number * size;
                 training.lesson.read(begin..begin + size).unwrap();
                 training.strategy.settle().unwrap();
-                let loss = training.lesson.loss().unwrap().mean.f_div_scalar(count as f64).unwrap();
-                training.strategy.backward(&loss, number + 1 == count).unwrap();
+                let loss = training.lesson.newest().unwrap().loss().unwrap().mean.f_div_scalar(count as f64).unwrap();
+                training.strategy.begin(number + 1 == count).unwrap();
+                loss.f_backward().unwrap();
+                training.strategy.end(number + 1 == count).unwrap();
                 let loss = loss.detach();
                 total = Some(total.map_or_else(|| loss.shallow_clone(), |sum| sum.f_add(&loss).unwrap()));
             }
@@ -444,7 +484,7 @@ mod tests {
                         None => train(&mut training, 1..=4),
                         Some(count) => train_in_equal_passes(&mut training, 1..=4, count),
                     };
-                    (seen, files(&state, training.place))
+                    (seen, held(&state))
                 })
             });
             assert!(ours == theirs, "{strategy:?} {world} {precision:?}: other bits");
@@ -460,7 +500,7 @@ mod tests {
             (0..4).map(|step| loss(step) / f64::from(world)).collect()
         };
         let alone = losses(config::Strategy::Ddp, 1);
-        for strategy in [config::Strategy::Ddp, config::Strategy::Zero1] {
+        for strategy in [config::Strategy::Ddp, config::Strategy::Zero1, config::Strategy::Shard] {
             for world in [3, 5, 7, 8] {
                 let ours = losses(strategy, world);
                 for (a, b) in ours.iter().zip(&alone) {
@@ -489,9 +529,9 @@ mod tests {
         let [one, two, four] = [1, 2, 4].map(|world| {
             let shares = everywhere(world, |group| {
                 let (mut training, state) = rank(&run, group, None);
-                let before = files(&state, training.place);
+                let before = held(&state);
                 let share = training.evaluate(|| false).unwrap().unwrap();
-                assert!(before == files(&state, training.place));
+                assert!(before == held(&state));
                 share
             });
             let targets = HELD_OUT * SEQUENCE as u64;

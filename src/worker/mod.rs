@@ -16,6 +16,7 @@ pub mod task;
 mod link;
 mod patience;
 mod start;
+mod usage;
 
 use std::{
     process::ExitCode,
@@ -28,6 +29,7 @@ use self::{
     gate::{Save, StepGate},
     link::Link,
     patience::{After, Patience},
+    usage::Gauge,
 };
 use crate::{
     error::{Error, Kind, Result},
@@ -38,7 +40,7 @@ use crate::{
     snapshot::{capture::Capture, mode::CaptureMode},
     task::TaskError,
     torch,
-    train::{HeldOut, Pass, Training, Update, state::Replicated},
+    train::{HeldOut, Part, Pass, Training, Update, state::Replicated},
 };
 
 /// Runs a worker to its end. Called only in a process started by an agent, never by hand.
@@ -81,6 +83,7 @@ struct Worker {
     /// What other ranks have, too; `None`: there is one rank.
     replicated: Option<Replicated>,
     patience: Patience,
+    gauge: Gauge,
     /// Time spent waiting for captures and fingerprints since the last step report.
     stalled: Duration,
     /// Whether measured states wait for the agent's verdict.
@@ -104,7 +107,7 @@ impl Worker {
             self.evaluate(&gate)?;
         }
         self.wait_for_verdict(&gate);
-        let mut begin = Instant::now();
+        self.training.timer().begin()?;
         // What the next step follows, and how long a validation before it took.
         let (mut after, mut validated) = (After::Step, Duration::ZERO);
         loop {
@@ -124,30 +127,28 @@ impl Worker {
             if let Some(limit) = self.patience.change(after) {
                 self.training.set_patience(limit)?;
             }
-            let Pass { loss, data } = self.training.forward_backward(step).map_err(|error| at(step, error))?;
+            let Pass { loss } = self.training.forward_backward(step).map_err(|error| at(step, error))?;
             // The last moment at which the state of step `done` still stands.
             self.finish_capture()?;
+            self.training.timer().lap(Part::Capture)?;
             let Update { grad_norm, lr } = self.training.update(step)?;
 
-            let report = StepReport {
-                step,
-                loss: torch::to_f64(&loss)?,
-                grad_norm: torch::to_f64(&grad_norm)?,
-                lr,
-                step_s: begin.elapsed().as_secs_f64(),
-                stall_s: std::mem::take(&mut self.stalled).as_secs_f64(),
-                data_s: data.as_secs_f64(),
-            };
-            begin = Instant::now();
+            let (loss, grad_norm) = (torch::to_f64(&loss)?, torch::to_f64(&grad_norm)?);
+            let (step_s, split) = self.training.timer().split()?;
+            self.training.timer().begin()?;
+            let stall_s = std::mem::take(&mut self.stalled).as_secs_f64();
+            let usage = self.gauge.read(step)?;
+            let report = StepReport { step, loss, grad_norm, lr, step_s, stall_s, split, usage };
             let took = report.step_s + std::mem::take(&mut validated).as_secs_f64();
             self.patience.step(took, std::mem::replace(&mut after, After::Step));
             self.link.tell(&FromWorker::Step(report));
             self.done = step;
             if self.training.evaluation_is_due(step) {
+                let begin = Instant::now();
                 self.evaluate(&gate)?;
                 self.wait_for_verdict(&gate);
                 validated = begin.elapsed();
-                begin = Instant::now();
+                self.training.timer().begin()?;
                 after = After::Validation;
             }
         }

@@ -18,6 +18,7 @@ use super::{
     link::{Link, Orders},
     patience::{self, Patience},
     task::Task,
+    usage::Gauge,
 };
 use crate::{
     config::OwnTask,
@@ -48,7 +49,7 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let Task { config: task, data_dir, data, base } = Task::read(task)?;
     torch::set_num_threads(task.train.threads)?;
     torch::set_interop_threads(1)?;
-    torch::set_deterministic(true)?;
+    torch::set_deterministic(task.train.deterministic)?;
 
     // Rank 0 listens before it does anything slow, so that its peers need not try again.
     let served = if world.get() > 1 && rank == Rank(0) { Some(listen(link, store, limit)?) } else { None };
@@ -106,7 +107,9 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let (link, done, last) = (link.clone(), resume_step, Step(task.train.steps));
     let may_stop_early = task.train.early_stopping.is_some();
     let stalled = Duration::ZERO;
-    let worker = Worker { link, rank, done, last, training, capture, replicated, patience, stalled, may_stop_early };
+    let gauge = Gauge::new(place.device, task.train.precision, task.parallel.peak_tflops, done)?;
+    let worker =
+        Worker { link, rank, done, last, training, capture, replicated, patience, gauge, stalled, may_stop_early };
     Ok((worker, saves, measure))
 }
 

@@ -8,8 +8,9 @@ use std::{collections::BTreeMap, num::NonZeroU64};
 use crate::{
     config::TrainTask,
     ids::{Step, WorldSize},
-    journal::{HELD_OUT, Metrics},
-    protocol::{HeldOutSum, StepReport},
+    journal::{HELD_OUT, Metrics, Speed},
+    model::flops,
+    protocol::{HeldOutSum, Split, StepReport, Usage},
     report,
 };
 
@@ -24,16 +25,22 @@ pub struct Outline {
     pub validated_every: Option<NonZeroU64>,
     /// Tokens of one step, over all workers.
     pub tokens: u64,
+    /// Floating-point operations that training needs for each of them; 0: not known.
+    pub flops: u64,
 }
 
 impl Outline {
     /// Of a task with this many workers.
     pub fn of(task: &TrainTask, world: WorldSize) -> Self {
+        let TrainTask { model, data, .. } = task;
+        let flops = flops::per_token(model.kind, &model.config, model.lora.as_ref(), data.sequence_length);
         Self {
             workers: world.get(),
             last: task.last_step(),
             validated_every: NonZeroU64::new(task.data.validation_every),
             tokens: u64::from(task.train.global_batch) * u64::from(task.data.sequence_length),
+            // Of a program's own task nothing is known.
+            flops: flops.unwrap_or(0),
         }
     }
 }
@@ -45,6 +52,8 @@ pub struct Figures {
     pub loss: Option<f64>,
     /// Other figures, by name.
     pub metrics: Metrics,
+    /// How fast it was: recorded now and then, since a checkpoint does not need it.
+    pub speed: Option<Speed>,
 }
 
 /// A step that every rank has finished.
@@ -60,19 +69,60 @@ pub struct Progress {
     grad_norm: f64,
     stall_s: f64,
     tokens: u64,
+    split: Split,
+    mfu: Option<f64>,
+    /// Measured after this very step.
+    usage: Option<Usage>,
+    /// Measured last.
+    known: Option<Usage>,
 }
 
 impl Progress {
-    /// What a checkpoint of it is recorded with: its loss alone.
-    pub const fn figures(&self) -> Figures {
-        Figures { loss: Some(self.loss), metrics: Metrics::new() }
+    /// What a checkpoint of it is recorded with.
+    pub fn figures(&self) -> Figures {
+        let Split { data_s, forward_s, backward_s, reduce_s, capture_s, optimizer_s } = self.split;
+        let speed = Speed {
+            tokens_per_s: self.tokens as f64 / self.step_s.max(1e-9),
+            step_s: self.step_s,
+            data_s,
+            forward_s,
+            backward_s,
+            reduce_s,
+            capture_s,
+            optimizer_s,
+            mfu: self.mfu,
+            host_peak_bytes: self.known.map(|usage| usage.host_peak_bytes as f64),
+            device_peak_bytes: self.known.and_then(|usage| usage.device).map(|device| device.reserved as f64),
+        };
+        Figures { loss: Some(self.loss), metrics: Metrics::new(), speed: Some(speed) }
     }
 
     /// For people: how many steps and seconds the newest checkpoint is behind.
     pub fn event(&self, lag_steps: u64, lag_s: f64) -> report::Event {
-        let Self { step, loss, step_s, lr, grad_norm, stall_s, tokens } = *self;
+        let Self { step, loss, step_s, lr, grad_norm, stall_s, tokens, split, mfu, usage, .. } = *self;
         let (tokens_per_s, tokens) = (tokens as f64 / step_s.max(1e-9), tokens.saturating_mul(step.get()));
-        report::Event::Step { step, loss, lr, grad_norm, tokens, tokens_per_s, step_s, stall_s, lag_steps, lag_s }
+        let Split { data_s, forward_s, backward_s, reduce_s, capture_s, optimizer_s } = split;
+        let memory = usage.map(|Usage { device, host_bytes, host_peak_bytes, .. }| report::Memory {
+            device_peak_bytes: device.map(|device| device.allocated),
+            device_reserved_bytes: device.map(|device| device.reserved),
+            host_bytes,
+            host_peak_bytes,
+        });
+        let spent = report::Spent { data_s, forward_s, backward_s, reduce_s, capture_s, optimizer_s, mfu, memory };
+        let spent = Some(Box::new(spent));
+        report::Event::Step {
+            step,
+            loss,
+            lr,
+            grad_norm,
+            tokens,
+            tokens_per_s,
+            step_s,
+            stall_s,
+            lag_steps,
+            lag_s,
+            spent,
+        }
     }
 }
 
@@ -101,12 +151,14 @@ pub struct Reports {
     steps: BTreeMap<Step, Vec<StepReport>>,
     /// Of states that not every rank has measured.
     validations: BTreeMap<Step, Shares>,
+    /// What ranks have and use, as last reported: the most of any of them, and all their speeds together.
+    usage: Option<Usage>,
 }
 
 impl Reports {
     /// None yet.
     pub const fn new(outline: Outline) -> Self {
-        Self { outline, steps: BTreeMap::new(), validations: BTreeMap::new() }
+        Self { outline, steps: BTreeMap::new(), validations: BTreeMap::new(), usage: None }
     }
 
     /// A rank has finished a step. `None`: others have not.
@@ -129,7 +181,21 @@ impl Reports {
         }
         let slowest = |f: fn(&StepReport) -> f64| reports.iter().map(f).fold(0.0, f64::max);
         let (step_s, stall_s) = (slowest(|r| r.step_s), slowest(|r| r.stall_s));
-        Some(Ok(Progress { step, loss, step_s, lr, grad_norm, stall_s, tokens: self.outline.tokens }))
+        // The rank that waits least for others is the one that the others wait for.
+        let waits = |report: &&StepReport| (report.split.reduce_s, report.split.forward_s);
+        let split = reports.iter().min_by(|a, b| {
+            let (a, b) = (waits(a), waits(b));
+            a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1))
+        });
+        let split = split.map(|report| report.split).unwrap_or_default();
+        let usages: Option<Vec<Usage>> = reports.iter().map(|report| report.usage).collect();
+        let usage = usages.as_deref().and_then(most);
+        self.usage = usage.or(self.usage);
+        let (known, peak_flops) = (self.usage, self.usage.and_then(|usage| usage.peak_flops));
+        let Outline { tokens, flops, .. } = self.outline;
+        let needed = Some(tokens as f64 * flops as f64).filter(|needed| *needed > 0.0);
+        let mfu = needed.zip(peak_flops).map(|(needed, peak)| needed / (peak * step_s.max(1e-9)));
+        Some(Ok(Progress { step, loss, step_s, lr, grad_norm, stall_s, tokens, split, mfu, usage, known }))
     }
 
     /// A rank has measured its share of a state. `None`: others have not.
@@ -152,6 +218,23 @@ impl Reports {
         let sources = named.filter_map(|(source, sum)| Some((source, mean(sum)?))).collect();
         Some(Measured { step, loss: mean(whole), sources })
     }
+}
+
+/// Of what ranks have and use: the sum of their speeds, if all are known, and the most memory of any of them.
+fn most(usages: &[Usage]) -> Option<Usage> {
+    let peaks = usages.iter().map(|usage| usage.peak_flops);
+    let more = |a: Usage, b: &Usage| Usage {
+        peak_flops: None,
+        device: a.device.zip(b.device).map(|(a, b)| crate::protocol::DeviceUsage {
+            allocated: a.allocated.max(b.allocated),
+            reserved: a.reserved.max(b.reserved),
+            total: a.total.min(b.total),
+        }),
+        host_bytes: a.host_bytes.max(b.host_bytes),
+        host_peak_bytes: a.host_peak_bytes.max(b.host_peak_bytes),
+    };
+    let (first, others) = usages.split_first()?;
+    Some(Usage { peak_flops: peaks.sum(), ..others.iter().fold(*first, more) })
 }
 
 /// The held-out loss of a state.
@@ -182,11 +265,11 @@ impl Measured {
 mod tests {
     use super::*;
 
-    const OUTLINE: Outline = Outline { workers: 3, last: Step(9), validated_every: None, tokens: 100 };
+    const OUTLINE: Outline = Outline { workers: 3, last: Step(9), validated_every: None, tokens: 100, flops: 30 };
 
     fn report(step: u64, loss: f64, step_s: f64) -> StepReport {
         let stall_s = step_s / 10.0;
-        StepReport { step: Step(step), loss, grad_norm: 1.5, lr: 1e-3, step_s, stall_s, data_s: 0.0 }
+        StepReport { step: Step(step), loss, grad_norm: 1.5, lr: 1e-3, step_s, stall_s, ..StepReport::default() }
     }
 
     #[test]
@@ -198,7 +281,8 @@ mod tests {
         assert_eq!(reports.step(report(5, 9.0, 1.0)), None);
         let progress = reports.step(report(4, 2.0, 1.0)).unwrap().unwrap();
         assert_eq!((progress.step, progress.step_s), (Step(4), 2.0));
-        assert_eq!(progress.figures(), Figures { loss: Some(2.0), metrics: Metrics::new() });
+        let Figures { loss, metrics, .. } = progress.figures();
+        assert_eq!((loss, metrics), (Some(2.0), Metrics::new()));
         let report::Event::Step { tokens, tokens_per_s, stall_s, lag_steps, lag_s, lr, grad_norm, .. } =
             progress.event(3, 7.5)
         else {
@@ -206,6 +290,34 @@ mod tests {
         };
         assert_eq!((tokens, tokens_per_s, stall_s), (400, 50.0, 0.2));
         assert_eq!((lag_steps, lag_s, lr, grad_norm), (3, 7.5, 1e-3, 1.5));
+    }
+
+    #[test]
+    fn the_share_of_the_peak_is_known_once_every_rank_has_said_its_devices() {
+        let mut reports = Reports::new(OUTLINE);
+        let mut step = |step: u64, peaks: [Option<f64>; 3], reduce: [f64; 3]| {
+            let mut progress = None;
+            for (number, (peak_flops, reduce_s)) in peaks.into_iter().zip(reduce).enumerate() {
+                let usage = Usage { peak_flops, host_bytes: number as u64, ..Usage::default() };
+                let split = Split { reduce_s, forward_s: number as f64, ..Split::default() };
+                let usage = peak_flops.map(|_| usage);
+                progress = reports.step(StepReport { split, usage, ..report(step, 1.0, 0.5) });
+            }
+            progress.unwrap().unwrap()
+        };
+        let unknown = step(1, [None; 3], [0.3, 0.1, 0.2]);
+        assert_eq!((unknown.mfu, unknown.usage, unknown.split.forward_s), (None, None, 1.0), "rank 1 is waited for");
+        let known = step(2, [Some(2e4), Some(3e4), Some(1e4)], [0.1, 0.2, 0.1]);
+        // 100 tokens of 30 operations in half a second, of 60,000 a second.
+        assert_eq!((known.mfu, known.split.forward_s), (Some(0.1), 0.0));
+        assert_eq!(known.usage.unwrap().host_bytes, 2);
+        let report::Event::Step { spent: Some(spent), .. } = known.event(0, 0.0) else { panic!("no split") };
+        assert_eq!((spent.reduce_s, spent.memory.unwrap().host_bytes), (0.1, 2));
+        // And from there on.
+        let later = step(3, [None; 3], [0.0; 3]);
+        assert_eq!((later.mfu, later.usage), (Some(0.1), None));
+        let speed = later.figures().speed.unwrap();
+        assert_eq!((speed.mfu, speed.tokens_per_s, speed.host_peak_bytes), (Some(0.1), 200.0, Some(0.0)));
     }
 
     #[test]

@@ -15,7 +15,8 @@ use trainer::{
     data::{self, shards},
     ids::{AttemptId, DatasetId, Generation, NodeId, NodeKey, Rank, RunId, SlotCount, Step, WorldSize},
     journal::{
-        Committed, EarlyStop, Entry, FormedReason, Gone, Means, Metrics, Record, ResumePoint, RosterEntry, SaveCost,
+        Cap, Committed, EarlyStop, Entry, FormedReason, Gone, Means, Metrics, Reached, Record, ResumePoint,
+        RosterEntry, SaveCost,
     },
     rendezvous::heartbeat::{Group, Heartbeat, Process, State},
     storage::Crc64,
@@ -58,7 +59,10 @@ pub fn config() -> RunConfig {
                 max_micro_batch: 8,
                 seed: 1234,
                 precision: Precision::Bf16,
+                activations: trainer::config::Activations::Keep,
                 threads: 2,
+                fused: false,
+                deterministic: true,
                 optimizer: OptimizerConfig {
                     lr: 3e-4,
                     betas: [0.9, 0.95],
@@ -75,6 +79,7 @@ pub fn config() -> RunConfig {
                 device: trainer::config::Device::Auto,
                 bucket_mib: 25,
                 mixed: false,
+                peak_tflops: None,
             },
         },
         checkpoint: CheckpointConfig {
@@ -85,6 +90,7 @@ pub fn config() -> RunConfig {
             price_per_gib_month: 0.023,
         },
         notice: NoticeConfig::default(),
+        run: CapsConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_millis(1500), hang: None },
         storage: storage(),
@@ -189,6 +195,26 @@ pub fn records_of_version_6() -> Vec<Record> {
     ]
 }
 
+/// What version 7 of the journal has added: a run with caps, and one that has reached one.
+pub fn records_of_version_7() -> Vec<Record> {
+    let mut config = config();
+    config.run = CapsConfig {
+        max_hours: Some(12.5),
+        max_wait_hours: Some(72.0),
+        max_cost: Some(40.0),
+        price_per_hour: Some(0.35),
+    };
+    let of = |kind: &str| records().into_iter().find(|record| record.kind() == kind).expect("one of each kind");
+    let (mut formed, mut interrupted) = (of("formed"), of("interrupted"));
+    if let Record::Formed { overrides, .. } = &mut formed {
+        *overrides = vec![("run.max_hours".into(), "20.0".into())];
+    }
+    if let Record::Interrupted { cap, .. } = &mut interrupted {
+        *cap = Some(Reached { cap: Cap::MaxHours, limit: 12.5, used: 12.5001 });
+    }
+    vec![Record::Created { run_id: run_id(), config: Box::new(config) }, formed, interrupted]
+}
+
 /// What version 6 of the journal has added for programs with a task of their own.
 pub fn records_of_tasks() -> Vec<Record> {
     let mut config = config();
@@ -235,6 +261,7 @@ pub fn records() -> Vec<Record> {
             lost_steps: 34,
             verdict: "no time".into(),
             drain: None,
+            cap: None,
         },
         Record::Damaged { step, generation, reason: "model-00001-of-00002.safetensors: it does not exist".into() },
         Record::Completed { generation, step: Step(2000), loss: Some(1.5), early: None },

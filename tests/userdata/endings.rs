@@ -204,7 +204,7 @@ fn giving_up_ends_in_time_whatever_hangs() {
     let most: u32 = 130;
     let all = "TRAINER_ON_FAILURE=terminate\nTRAINER_ON_COMPLETE=terminate\nTRAINER_QUEUE=https://queue\nTRAINER_GROUP=reports\nTRAINER_TASK_TOKEN=/t\n\
                TRAINER_TOPIC=arn:aws:sns:us-east-1:1:t\nTRAINER_IMAGE=a/b\n";
-    for (code, off) in [("78", true), ("0", false)] {
+    for (code, off) in [("78", true), ("0", false), ("80", false)] {
         let (machine, cloud) = (Machine::new(all), Cloud::machine());
         machine.boot(&cloud);
         let unit = std::fs::read_to_string(machine.path("root/etc/systemd/system/trainer.service")).expect("the unit");
@@ -261,6 +261,23 @@ fn a_machine_that_is_done_leaves_its_group_even_if_the_program_could_not() {
         asked_once(&cloud, "Publish");
         assert!(!machine.calls().contains("shutdown"), "{}", machine.calls());
     }
+    // A run at its cap: nobody starts another machine for it, and somebody hears why.
+    let token = ("GetParameter", r#"{"Parameter":{"Name":"/t","Value":"task+token/1=="}}"#);
+    let answers = [(state, "InService"), terminate, token, ("SendTask", "{}"), ("Action=Publish", "<MessageId/>")];
+    let (machine, cloud) = (
+        Machine::new(&format!("TRAINER_ON_COMPLETE=terminate\nTRAINER_TASK_TOKEN=/t\n{topic}")),
+        Cloud::with(&answers),
+    );
+    machine.boot(&cloud);
+    expect(&ended(&machine, &cloud, "exited", "80"), 0, &[]);
+    let body = asked_once(&cloud, "TerminateInstanceInAutoScalingGroup");
+    assert!(body.contains("ShouldDecrementDesiredCapacity=true"), "{body}");
+    let (_, body) = cloud.asked("AWSStepFunctions.SendTaskFailure").remove(0);
+    assert!(body.contains("TrainerAtCap"), "{body}");
+    assert_eq!(cloud.asked("AWSStepFunctions.SendTaskSuccess").len(), 0, "the run is not done");
+    let said = asked_once(&cloud, "Publish");
+    assert!(said.contains("at+its+cap") || said.contains("at%20its%20cap"), "{said}");
+    assert!(!machine.calls().contains("systemctl stop"), "{}", machine.calls());
     // Without the setting the machine stays.
     let (machine, cloud) = (Machine::new("TRAINER_IMAGE=a/b\n"), Cloud::with(&[(state, "InService"), terminate]));
     machine.boot(&cloud);
@@ -342,9 +359,9 @@ fn no_machine_stays_on_when_another_start_is_pointless() {
                     .expect("start trainer-machine");
                 expect(&output, 0, &[]);
             }
-            // What it said outlives it, unless the run is complete.
+            // What it said outlives it, unless the run is complete or at its cap.
             let kept = cloud.asked("machine-logs/reports/reports-1.log");
-            let gives_up = left(&machine, &cloud) && codes != ["0"] && kind != "aws";
+            let gives_up = left(&machine, &cloud) && codes != ["0"] && codes != ["80"] && kind != "aws";
             assert_eq!(kept.len(), usize::from(gives_up), "{kind}, {codes:?}: {kept:?}");
             assert!(kept.iter().all(|(_, body)| body.contains("stpes")), "{kept:?}");
             left(&machine, &cloud)
@@ -352,6 +369,8 @@ fn no_machine_stays_on_when_another_start_is_pointless() {
         for code in ["64", "65", "77", "78"] {
             assert!(codes(&[code]), "{kind}: {code}");
         }
+        // The program itself does what on_complete says, if it is not in a container.
+        assert_eq!(codes(&["80"]), kind != "aws", "{kind}: at its cap");
         assert!(!codes(&["70", "70", "70", "70", "75", "70", "137", "70", "70"]), "{kind}: interrupted in between");
         assert!(codes(&["70", "70", "137", "70", "70"]), "{kind}: five times in a row");
         assert!(!codes(&[vec!["69"; 39], vec!["79"], vec!["69"; 2]].concat()), "{kind}: away, and here in between");

@@ -481,6 +481,13 @@ pub fn create(moto: &Moto, name: &str, work: &str) {
 }
 
 pub fn create_nodes(moto: &Moto, name: &str, work: &str, nodes: &str) {
+    change(moto, "CreateStack", name, &[("ConfigUri", "s3://configs/reports.toml"), ("Work", work), ("Nodes", nodes)]);
+    let stacks = moto.query("cloudformation", "2010-05-15", "DescribeStacks", &[("StackName", name)]);
+    assert_eq!(tagged(&stacks, "StackStatus"), "CREATE_COMPLETE", "{stacks}");
+}
+
+/// Creates or updates a stack with these parameters, and some others without which there is none.
+pub fn change(moto: &Moto, action: &str, name: &str, given: &[(&str, &str)]) {
     let images = moto.query("ec2", "2016-11-15", "DescribeImages", &[]);
     let image =
         json!({"Name": "/images/gpu", "Value": tagged(&images, "imageId"), "Type": "String", "Overwrite": true});
@@ -500,21 +507,17 @@ pub fn create_nodes(moto: &Moto, name: &str, work: &str, nodes: &str) {
         ("VpcId", tagged(&subnets, "vpcId")),
         ("SubnetIds", &zones),
         ("ImageId", "/images/gpu"),
-        ("ConfigUri", "s3://configs/reports.toml"),
         ("ReadBucket", "configs"),
         ("Image", "123456789012.dkr.ecr.us-east-1.amazonaws.com/trainer:1"),
-        ("Work", work),
         ("SsmPath", &path),
-        ("Nodes", nodes),
     ];
-    for (number, (key, value)) in values.into_iter().enumerate() {
+    let others = values.into_iter().filter(|(key, _)| given.iter().all(|(other, _)| other != key));
+    for (number, (key, value)) in others.chain(given.iter().copied()).enumerate() {
         parameters.push((format!("Parameters.member.{}.ParameterKey", number + 1), key.into()));
         parameters.push((format!("Parameters.member.{}.ParameterValue", number + 1), value.into()));
     }
     let parameters: Vec<_> = parameters.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
-    moto.query("cloudformation", "2010-05-15", "CreateStack", &parameters);
-    let stacks = moto.query("cloudformation", "2010-05-15", "DescribeStacks", &[("StackName", name)]);
-    assert_eq!(tagged(&stacks, "StackStatus"), "CREATE_COMPLETE", "{stacks}");
+    moto.query("cloudformation", "2010-05-15", action, &parameters);
 }
 
 #[test]

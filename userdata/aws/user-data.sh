@@ -241,7 +241,7 @@ run() {
 	# A container of an earlier life.
 	docker stop --time 110 trainer >/dev/null 2>&1 || true
 	docker rm trainer >/dev/null 2>&1 || true
-	env | grep -E '^(TRAINER_(CONFIG|STORE|RUN_ID|RUN_ID_TEMPLATE|TIME_ZONE|SSM_PATH|QUEUE|ALLOW|STOP_WINDOW|LOG)|AWS_REGION)=' >"$run/env"
+	env | grep -E '^(TRAINER_(CONFIG|STORE|RUN_ID|RUN_ID_TEMPLATE|TIME_ZONE|SSM_PATH|SSM_ENVIRONMENT|QUEUE|ALLOW|STOP_WINDOW|LOG)|AWS_REGION)=' >"$run/env"
 	if [ -n "${TRAINER_LOG_GROUP:-}" ]; then
 		# Training never waits for a log.
 		logs=(--log-driver awslogs --log-opt "awslogs-region=$region" --log-opt "awslogs-group=$TRAINER_LOG_GROUP"
@@ -314,7 +314,14 @@ give_up() {
 leaves() { [ -n "${TRAINER_QUEUE:-}" ] || [ "${TRAINER_ON_COMPLETE:-}" = terminate ]; }
 # A container can leave a group, if the group answers, but can't power anything off.
 complete() {
-	within 30 tell SendTaskSuccess ',"output":"{}"' || true
+	# The run is at its cap: no machine makes it go on.
+	if [ "${EXIT_STATUS:-}" = 80 ]; then
+		export NOTE="the run is at its cap: trainer resume --set run.max_hours=N (or max_wait_hours, max_cost) goes on"
+		within 15 tell SendTaskFailure ',"error":"TrainerAtCap","cause":"see the log"' || true
+		within 15 publish || true
+	else
+		within 30 tell SendTaskSuccess ',"output":"{}"' || true
+	fi
 	if ! leaves; then return 0; fi
 	if within 20 in_no_group; then
 		if [ -n "$image" ]; then shutdown -h now; fi
@@ -329,7 +336,7 @@ after() {
 	local count=0 most=5 file=$run/failures
 	install -d -m 0700 "$run"
 	case ${EXIT_CODE:-}:${EXIT_STATUS:-} in
-	exited:0)
+	exited:0 | exited:80)
 		complete
 		return 0
 		;;
@@ -376,8 +383,8 @@ ExecStopPost=$me after
 Restart=on-failure
 RestartSec=150
 RestartForceExitStatus=69 75 76 79
-RestartPreventExitStatus=64 65 77 78
-SuccessExitStatus=75
+RestartPreventExitStatus=64 65 77 78 80
+SuccessExitStatus=75 80
 KillMode=mixed
 TimeoutStopSec=130
 StandardOutput=journal+console

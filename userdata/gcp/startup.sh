@@ -102,7 +102,7 @@ over() {
     install -d -m 0700 "$counts"
     file=$counts/failures
     case ${EXIT_CODE:-}:${EXIT_STATUS:-} in
-    exited:0 | exited:64 | exited:65 | exited:77 | exited:78) return 0 ;;
+    exited:0 | exited:64 | exited:65 | exited:77 | exited:78 | exited:80) return 0 ;;
     exited:75 | exited:76 | exited:79)
         rm -f "$file" "$counts/away"
         return 1
@@ -129,10 +129,14 @@ keep_log() {
 after() {
     local group self
     if ! over; then return 0; fi
-    if [ "${EXIT_CODE:-}:${EXIT_STATUS:-}" != exited:0 ]; then
+    case ${EXIT_CODE:-}:${EXIT_STATUS:-} in
+    exited:0) ;;
+    exited:80) say "the run is at its cap" ;;
+    *)
         say "giving up: ended with ${EXIT_CODE:-} ${EXIT_STATUS:-}, and a restart would not help"
         timeout 25 "$0" keep_log || say "warning: the last lines are not in the bucket"
-    fi
+        ;;
+    esac
     group=$(ask instance/attributes/created-by) || return 0
     self=$(ask instance/zone)/instances/$(ask instance/name)
     # The token goes in through standard input: every user can read arguments.
@@ -159,8 +163,8 @@ ExecStopPost=$me after
 Restart=on-failure
 RestartSec=150
 RestartForceExitStatus=69 75 76 79
-RestartPreventExitStatus=64 65 77 78
-SuccessExitStatus=75
+RestartPreventExitStatus=64 65 77 78 80
+SuccessExitStatus=75 80
 KillMode=mixed
 # For the log and for leaving the group; docker stop ends the container.
 TimeoutStopSec=120

@@ -18,6 +18,7 @@ use crate::{
     },
     error::{Error, Kind},
     format::header::Dtype,
+    history::spent::Spent,
     ids::{Generation, NodeId, NodeRanks, Rank, RunId, SlotCount, Step, WorldSize},
     journal::{Formed, FormedReason, Journal, JournalWriter, Means, RosterEntry, Succession},
     layout,
@@ -93,6 +94,7 @@ impl Stage {
             neighbours: None,
             store: "127.0.0.1:0".parse().unwrap(),
             doubted: false,
+            spent: Spent::default(),
             collectives: Arc::default(),
         };
         Self { plan, slots: Slots::create(SlotCount::TWO).unwrap(), reporter, heard, store }
@@ -132,7 +134,7 @@ fn save(step: u64) -> Effect {
 
 fn stopped(step: u64, committed: u64) -> Result<End> {
     let (step, committed) = (Step(step), Step(committed));
-    Ok(End::Stopped(Stopped { step, committed, verdict: "the time was up".into(), drain: None }))
+    Ok(End::Stopped(Stopped { step, committed, verdict: "the time was up".into(), drain: None, cap: None }))
 }
 
 fn failure() -> Error {

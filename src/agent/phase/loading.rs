@@ -106,7 +106,7 @@ impl Loading {
         }
         let step = turn.shared.settings.load.step();
         let verdict = format!("{} before the first step: nothing to save", notice.source);
-        Break(Ok(End::Stopped(Stopped { step, committed: step, verdict, drain: None })))
+        Break(Ok(End::Stopped(Stopped { step, committed: step, verdict, drain: None, cap: None })))
     }
 
     fn hear(mut self, rank: Rank, message: FromWorker, turn: &mut Turn<'_>) -> Flow<Phase> {

@@ -35,7 +35,7 @@ use std::time::Duration;
 const RANKS: [Rank; 2] = [Rank(0), Rank(1)];
 /// Bytes of one save.
 const BYTES: u64 = 1000;
-const OUTLINE: Outline = Outline { workers: 2, last: Step(100), validated_every: None, tokens: 32 };
+const OUTLINE: Outline = Outline { workers: 2, last: Step(100), validated_every: None, tokens: 32, flops: 0 };
 
 /// A machine and its time.
 struct Rig {
@@ -239,8 +239,8 @@ fn fetched() -> Event {
 }
 
 fn report(rank: Rank, step: u64, loss: f64) -> Event {
-    let (lr, step_s, stall_s, data_s) = (1e-3, 1.0, 0.0, 0.0);
-    said(rank, FromWorker::Step(StepReport { step: Step(step), loss, grad_norm: 1.0, lr, step_s, stall_s, data_s }))
+    let report = StepReport { step: Step(step), loss, grad_norm: 1.0, lr: 1e-3, step_s: 1.0, ..StepReport::default() };
+    said(rank, FromWorker::Step(report))
 }
 
 fn finished(rank: Rank, step: u64) -> Event {
@@ -277,7 +277,7 @@ fn saved(step: u64, slot: u8) -> Event {
         loss: Some(2.0),
         validation_loss: None,
         metrics: Metrics::new(),
-        cost: SaveCost { durable_s: 11.0, ..SaveCost::default() },
+        cost: SaveCost { durable_s: 0.5, ..SaveCost::default() },
     };
     Event::Save(SaveEvent::Ended { step: Step(step), slot, result: Ok(Saved { committed, checksums: Vec::new() }) })
 }
@@ -333,7 +333,7 @@ fn words(effect: &Effect) -> String {
         }
         Effect::GiveUpSave { .. } => "give up the save".into(),
         Effect::LeaveOut { nodes, .. } => format!("leave out {}", nodes.len()),
-        Effect::Log(Log::Built { .. } | Log::Chosen(_) | Log::TrainsOn(_) | Log::Starved { .. }) => "log".into(),
+        Effect::Log(Log::Built { .. } | Log::Chosen(_) | Log::TrainsOn(_) | Log::Haste(_)) => "log".into(),
     }
 }
 
@@ -382,7 +382,7 @@ fn a_notice_meets_a_failed_save_and_all_is_saved_all_the_same() {
     assert_eq!(list(&rig.feed(saved(10, 0))), "idle, hold 10, report checkpoint, hush, upload 13, busy");
     let effects = rig.pass(11.0).feed(saved(13, 1));
     assert_eq!(list(&effects), "idle, hold 13, report checkpoint");
-    let Some(Ok(End::Stopped(Stopped { step: Step(13), committed: Step(13), verdict, drain: Some(drain) }))) =
+    let Some(Ok(End::Stopped(Stopped { step: Step(13), committed: Step(13), verdict, drain: Some(drain), .. }))) =
         effects.end()
     else {
         panic!("{effects:?}")

@@ -251,6 +251,7 @@ impl Training {
             committed: self.scheduler.committed(),
             verdict: verdict.into(),
             drain: planned.and_then(|planned| self.timeline.story(planned)),
+            cap: None,
         })
     }
 
@@ -381,8 +382,8 @@ impl Training {
         let Saved { committed, checksums } = saved;
         let (step, generation, cost) = (committed.step, committed.generation, committed.cost);
         turn.does(Effect::Busy(false));
-        if self.ledger.committed(&committed, &mut turn.shared.estimates, now) {
-            turn.does(Effect::Log(Log::Starved { durable_s: cost.durable_s }));
+        if let Some(change) = self.ledger.committed(&committed, &mut turn.shared.estimates, now) {
+            turn.does(Effect::Log(Log::Haste(change)));
         }
         turn.does(Effect::Nodes(Order::Hold { slot, step, generation, checksums }));
         turn.reports(report::Event::Checkpoint {

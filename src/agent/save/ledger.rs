@@ -6,7 +6,11 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use super::{super::drain::estimate::Estimates, scheduler::Moment};
+use super::{
+    super::drain::estimate::Estimates,
+    haste::{Change, Haste},
+    scheduler::Moment,
+};
 use crate::{
     error::{Error, Kind, Result},
     ids::Step,
@@ -19,11 +23,11 @@ use crate::{
 /// Figures are kept for this many steps back: a snapshot's are looked up when all ranks have captured it.
 const REMEMBERED: u64 = 64;
 
-/// After a save that took longer than this to become durable, saves no longer use idle cores alone.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// Saves that go on failing are reported at least this often.
 const TELL: Duration = Duration::from_secs(300);
+
+/// How often a checkpoint is recorded with the speed of its step.
+const SPEED: Duration = Duration::from_secs(3600);
 
 /// The facts kept about a snapshot until it is committed.
 #[derive(Debug)]
@@ -99,8 +103,11 @@ pub struct Ledger {
     /// When a failure was last reported.
     told: Moment,
     last_error: Option<Error>,
-    /// Transfers that yielded to all others took too long: they no longer yield.
-    starved: bool,
+    haste: Haste,
+    /// When the step of the newest commit ended, or the beginning.
+    saved_at: Moment,
+    /// When an upload was last given the speed of its step; `None`: none was.
+    speed_at: Option<Moment>,
 }
 
 /// An upload about to begin.
@@ -147,7 +154,9 @@ impl Ledger {
             in_a_row: 0,
             told: now,
             last_error: None,
-            starved: false,
+            haste: Haste::default(),
+            saved_at: now,
+            speed_at: None,
         }
     }
 
@@ -244,11 +253,17 @@ impl Ledger {
             (kept.taken, kept.cost, kept.figures.clone(), kept.validation_loss);
         if let Some(figures) = &mut figures {
             figures.metrics.extend(kept.held_out.clone());
+            if let Some(speed) =
+                figures.speed.filter(|_| self.speed_at.is_none_or(|at| now.saturating_sub(at) >= SPEED))
+            {
+                figures.metrics.extend(speed.metrics());
+                self.speed_at = Some(now);
+            }
         }
         // Every rank has captured the step, so every rank has reported it.
         let figures =
             figures.ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
-        let priority = match (urgent, self.starved) {
+        let priority = match (urgent, self.haste.is_hasty()) {
             (true, _) => Priority::Urgent,
             (false, true) => Priority::Normal,
             (false, false) => Priority::Background,
@@ -267,9 +282,13 @@ impl Ledger {
         Some((upload.sent.min(upload.total), upload.total))
     }
 
-    /// A save is committed. Returns whether transfers no longer yield to other threads from here on: other programs may
-    /// want all cores of this machine, and a checkpoint must not wait for them for ever.
-    pub fn committed(&mut self, committed: &Committed, estimates: &mut Estimates, now: Moment) -> bool {
+    /// Whether saves compete with training instead of yielding to it.
+    pub const fn is_hasty(&self) -> bool {
+        self.haste.is_hasty()
+    }
+
+    /// A save is committed. Returns whether saves yield to training from here on, if that has changed.
+    pub fn committed(&mut self, committed: &Committed, estimates: &mut Estimates, now: Moment) -> Option<Change> {
         if let Some(upload) = self.under_way.take() {
             let last_byte = upload.last_byte.unwrap_or(now);
             let upload_s = last_byte.saturating_sub(upload.began).as_secs_f64();
@@ -279,9 +298,10 @@ impl Ledger {
         self.in_a_row = 0;
         self.committed_at = now;
         self.newest = Some(committed.step);
+        let taken = self.kept.get(&committed.step).map_or(now, |kept| kept.taken);
+        let interval = taken.saturating_sub(std::mem::replace(&mut self.saved_at, taken));
         self.kept.retain(|&kept, _| kept > committed.step);
-        let starves = committed.cost.durable_s > PATIENCE.as_secs_f64();
-        starves && !std::mem::replace(&mut self.starved, true)
+        self.haste.saved(committed.cost.durable_s, interval.as_secs_f64())
     }
 
     /// A save has failed.
@@ -323,7 +343,7 @@ mod tests {
     use crate::journal::Metrics;
 
     fn figures(loss: f64) -> Figures {
-        Figures { loss: Some(loss), metrics: Metrics::new() }
+        Figures { loss: Some(loss), ..Figures::default() }
     }
 
     #[test]
@@ -403,7 +423,8 @@ mod tests {
             metrics: Metrics::new(),
             cost,
         };
-        assert!(saves.committed(&committed, &mut estimates, at(15)), "it was starved");
+        let change = saves.committed(&committed, &mut estimates, at(15)).unwrap();
+        assert_eq!((change.hasty, change.interval_s), (true, 1.0));
         let measured = (estimates.byte.estimate().unwrap().mean, estimates.commit.estimate().unwrap().mean);
         assert_eq!(measured, (0.1, 2.0));
         assert_eq!((saves.lag(at(20)), saves.under_way(at(20))), (at(5), None));
@@ -411,7 +432,7 @@ mod tests {
         saves.captured(Step(5), 0.5, at(20));
         saves.finished(Step(5), figures(2.0));
         assert_eq!(saves.upload(Step(5), 1, false, 100, at(21)).unwrap().priority, Priority::Normal);
-        assert!(!saves.committed(&committed, &mut estimates, at(22)), "said once");
+        assert_eq!(saves.committed(&committed, &mut estimates, at(22)), None, "said once");
     }
 
     #[test]
@@ -424,7 +445,7 @@ mod tests {
     #[test]
     fn a_snapshot_takes_its_steps_figures_along_and_needs_no_loss() {
         let mut saves = Ledger::begin(Moment::ZERO);
-        let figures = Figures { loss: None, metrics: [("accuracy".to_owned(), 0.25)].into() };
+        let figures = Figures { loss: None, metrics: [("accuracy".to_owned(), 0.25)].into(), speed: None };
         saves.finished(Step(4), figures.clone());
         assert_eq!(saves.upload(Step(4), 0, false, 100, Moment::ZERO).unwrap().figures, figures);
         assert_eq!(saves.loss(Step(4)), None);

@@ -3,6 +3,7 @@
 pub mod borrow;
 pub mod fault;
 pub mod gather;
+pub mod haste;
 pub mod holdup;
 pub mod ledger;
 pub mod put;

@@ -24,6 +24,7 @@ use crate::{
     faults::{self, At},
     ids::{AttemptId, Generation, NodeId, NodeRanks, RunId, Step},
     journal::{Committed, JournalWriter, Record, SaveCost, Urgency},
+    metrics::Recorder,
     storage::{Crc64, Store},
     workload::Figures,
 };
@@ -70,6 +71,8 @@ pub struct Snapshot {
     pub taken: tokio::time::Instant,
     /// Hears how the parts of all nodes stand; at the beginning all are missing.
     pub standing: watch::Sender<Standing>,
+    /// The figures of its step and those before it.
+    pub recorder: Recorder,
 }
 
 /// Events of a save.
@@ -196,7 +199,8 @@ async fn save(
     puts: mpsc::UnboundedReceiver<Put>,
     events: &mpsc::UnboundedSender<SaveEvent>,
 ) -> Result<Saved> {
-    let Snapshot { attempt, step, expected, figures, validation_loss, cost, taken, standing, .. } = snapshot;
+    let Snapshot { attempt, step, expected, figures, validation_loss, cost, taken, standing, recorder, .. } = snapshot;
+    let recorded = recorder.put(step);
     let receipts = gather(step, standing, puts, events).await?;
     let files = || receipts.iter().flat_map(|receipt| &receipt.files);
     let checksums = files().map(|file| (file.name.clone(), file.crc64)).collect();
@@ -212,6 +216,8 @@ async fn save(
         small: Vec::new(),
     };
     let manifest = put_manifest(&context.run, &save, &receipts, &expected).await?;
+    // What a checkpoint contains has its figures in the store, too.
+    recorded.arrived().await;
     faults::check("save.before-record", At { rank: None, step: Some(step.get()) })
         .map_err(|fault| Error::from_source(Kind::Bug, fault))?;
     let cost = {
@@ -304,6 +310,7 @@ mod tests {
                 cost: costs,
                 taken: tokio::time::Instant::now(),
                 standing: watch::channel(Standing::of(context.members.clone())).0,
+                recorder: Recorder::new(&context.run, generation),
             };
             start(context.clone(), snapshot, puts, to_events);
             Self { context, parts: [first, second], expected, says, events, _cost: cost }

@@ -24,6 +24,13 @@ const PARTITIONS: [Partition; 7] = [
 ];
 const COMMERCIAL: Partition = Partition { prefix: "", plain: "amazonaws.com", dual_stack: "api.aws" };
 
+/// Services with one endpoint for a whole partition, by the region that they sign with; elsewhere the rule holds for
+/// them, too (AWS General Reference, "IAM endpoints and quotas").
+const GLOBAL: [((&str, &str), &str); 2] = [
+    (("iam", "us-east-1"), "https://iam.amazonaws.com"),
+    (("iam", "us-gov-west-1"), "https://iam.us-gov.amazonaws.com"),
+];
+
 /// What a configuration says about endpoints.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Wanted {
@@ -50,6 +57,9 @@ pub(super) fn url(name: &str, wanted: &Wanted) -> Result<String, &'static str> {
     // It becomes part of a host name, to which a signed request goes.
     if !region.split('.').all(is_label) {
         return Err("Invalid Configuration: the region is no part of a host name");
+    }
+    if let Some((_, url)) = GLOBAL.iter().find(|(of, _)| *of == (name, region)) {
+        return Ok((*url).to_owned());
     }
     let partition = PARTITIONS.iter().find(|partition| region.starts_with(partition.prefix)).unwrap_or(&COMMERCIAL);
     let suffix = if wanted.dual_stack { partition.dual_stack } else { partition.plain };
@@ -93,6 +103,9 @@ mod tests {
             ("ssm", "eu-isoe-west-1", false, false, "https://ssm.eu-isoe-west-1.cloud.adc-e.uk"),
             ("ssm", "eusc-de-east-1", false, false, "https://ssm.eusc-de-east-1.amazonaws.eu"),
             ("ssm", "of-tomorrow-1", false, false, "https://ssm.of-tomorrow-1.amazonaws.com"),
+            ("iam", "us-east-1", false, false, "https://iam.amazonaws.com"),
+            ("iam", "us-gov-west-1", false, false, "https://iam.us-gov.amazonaws.com"),
+            ("iam", "cn-north-1", false, false, "https://iam.cn-north-1.amazonaws.com.cn"),
         ] {
             assert_eq!(made(name, region, fips, dual_stack), expected);
         }

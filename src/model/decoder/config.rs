@@ -240,7 +240,7 @@ impl DecoderConfig {
     }
 
     /// Width of all query heads together.
-    pub(super) fn query_width(&self) -> u64 {
+    pub(in crate::model) fn query_width(&self) -> u64 {
         u64::from(self.num_attention_heads) * u64::from(self.head_dim)
     }
 

@@ -7,7 +7,7 @@
 //! With [`Precision::Bf16`] the residual stream and all matrix products are bf16; mean squares of RMSNorm, rotary
 //! turns, softmax and the loss are fp32. What a family does not use costs it a branch and no operation: a Llama's
 //! tensors go through the same operations in the same order as in the first version, so that its runs resume to the
-//! bit.
+//! bit. [`Model::use_fused`] replaces some of them by functions of one pass, in runs that are created so.
 
 mod attention;
 pub(super) mod config;
@@ -27,8 +27,12 @@ use super::{
     lora::Adapter,
     loss::{linear_cross_entropy, linear_losses},
     rope::{RopeTable, Turns},
+    weight::refused,
 };
-use crate::config::Precision;
+use crate::{
+    config::Precision,
+    torch::fused::{self, Fused},
+};
 
 /// A decoder on one device.
 pub struct Decoder {
@@ -43,6 +47,8 @@ pub struct Decoder {
     parts: Parts,
     attention: Attention,
     ropes: Vec<RopeTable>,
+    /// What is computed in one pass, in place of LibTorch's operations.
+    fused: Fused,
 }
 
 /// The parameters, each where it is used.
@@ -184,6 +190,7 @@ impl Decoder {
             adapted: None,
             attention: Attention::new(&config, settings),
             ropes: ropes.collect(),
+            fused: Fused::NONE,
             precision: settings.precision,
             device: settings.device,
             embedding_scale: config.embedding_scale.map(|scale| rounded(scale, settings.precision)),
@@ -216,7 +223,7 @@ impl Decoder {
                 (None, _) => split(x)?,
             };
             match turns {
-                Some(turns) => turns.apply(&x),
+                Some(turns) => turns.apply(&x, self.fused.turns),
                 None => Ok(x),
             }
         };
@@ -247,25 +254,41 @@ impl Decoder {
     /// Adds a layer's gated feed-forward part (Shazeer, arXiv 2002.05202) to the residual stream `x`.
     fn feed_forward(&self, layer: &Layer, x: &Tensor) -> Result<Tensor, TchError> {
         let normed = self.norm_before(x, layer.before_mlp.as_ref())?;
-        let activated = |gate: Tensor| match self.config.activation {
-            Activation::Silu => gate.f_silu(),
-            Activation::GeluTanh => gate.f_gelu("tanh"),
-        };
         let gated = match &layer.gate {
-            Gate::Apart { gate, up } => activated(self.linear(&normed, gate)?)?.f_mul(&self.linear(&normed, up)?)?,
+            Gate::Apart { gate, up } => self.gated(&self.linear(&normed, gate)?, &self.linear(&normed, up)?)?,
             Gate::Fused(both) => {
                 let both = self.linear(&normed, both)?;
-                let width = i64::from(self.config.intermediate_size);
-                activated(both.f_narrow(2, 0, width)?)?.f_mul(&both.f_narrow(2, width, width)?)?
+                if self.fused.gate {
+                    fused::gate_of_both(&both, self.config.activation.into()).map_err(refused)?
+                } else {
+                    let width = i64::from(self.config.intermediate_size);
+                    self.gated(&both.f_narrow(2, 0, width)?, &both.f_narrow(2, width, width)?)?
+                }
             }
         };
         let added = self.linear(&gated, &layer.down)?;
         x.f_add(&self.norm_after(added, layer.after_mlp.as_ref())?)
     }
 
+    /// The activated gate times what passes it.
+    fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor, TchError> {
+        if self.fused.gate {
+            return fused::gate(gate, up, self.config.activation.into()).map_err(refused);
+        }
+        match self.config.activation {
+            Activation::Silu => gate.f_silu()?.f_mul(up),
+            Activation::GeluTanh => gate.f_gelu("tanh")?.f_mul(up),
+        }
+    }
+
     fn linear(&self, x: &Tensor, linear: &Linear) -> Result<Tensor, TchError> {
         let bias = linear.bias.as_ref().map(|bias| bias.at_use(self.kind())).transpose()?;
-        let y = x.f_linear(&linear.weight.at_use(self.kind())?, bias)?;
+        let y = match linear.weight.for_product(self.kind())? {
+            Some((leaf, values)) if self.fused.linear => {
+                fused::linear(x, leaf, &values, bias.as_ref()).map_err(refused)?
+            }
+            _ => x.f_linear(&linear.weight.at_use(self.kind())?, bias)?,
+        };
         match &linear.adapter {
             Some(adapter) => adapter.add(y, x, self.kind()),
             None => Ok(y),
@@ -292,6 +315,14 @@ impl Decoder {
     /// in fp32 for bf16 input too.
     fn rms_norm(&self, x: &Tensor, weight: &Weight, width: i64) -> Result<Tensor, TchError> {
         let eps = self.config.rms_norm_eps;
+        if self.fused.norm {
+            let (kind, plus_one) = match self.config.scale {
+                NormScale::Plain => (self.kind(), false),
+                NormScale::Exact => (Kind::Float, false),
+                NormScale::PlusOne => (Kind::Float, true),
+            };
+            return fused::rms_norm(x, &weight.at_use(kind)?, eps, plus_one).map_err(refused);
+        }
         let exact = match self.config.scale {
             NormScale::Plain => return x.f_rms_norm([width], Some(weight.at_use(self.kind())?), eps),
             NormScale::Exact => weight.at_use(Kind::Float)?,
@@ -316,6 +347,15 @@ const fn kind(precision: Precision) -> Kind {
     match precision {
         Precision::Fp32 => Kind::Float,
         Precision::Bf16 => Kind::BFloat16,
+    }
+}
+
+impl From<Activation> for fused::Activation {
+    fn from(activation: Activation) -> Self {
+        match activation {
+            Activation::Silu => Self::Silu,
+            Activation::GeluTanh => Self::GeluTanh,
+        }
     }
 }
 
@@ -359,9 +399,18 @@ impl Leaves for Decoder {
     fn device(&self) -> Device {
         self.device
     }
+
+    fn needs_rounded_weights_only(&self) -> bool {
+        // The other kinds of norms compute with fp32 weights.
+        self.config.scale == NormScale::Plain
+    }
 }
 
 impl Model for Decoder {
+    fn use_fused(&mut self, functions: Fused) {
+        self.fused = functions;
+    }
+
     fn adapt(&mut self, adapters: Vec<Parameter>, scale: f64) -> Result<(), ModelError> {
         self.parameters.extend(adapters);
         self.adapted = Some(scale);
@@ -405,12 +454,12 @@ impl Model for Decoder {
 
     fn head_loss(&self, x: Tensor, targets: &Targets) -> Result<Tensor, ModelError> {
         let hidden = self.last_norm(x)?.f_flatten(0, 1).doing("compute loss")?;
-        linear_cross_entropy(&hidden, &self.parts.output, targets)
+        linear_cross_entropy(&hidden, &self.parts.output, targets, self.fused)
     }
 
     fn head_losses(&self, x: Tensor, targets: &Targets) -> Result<Tensor, ModelError> {
         let hidden = self.last_norm(x)?.f_flatten(0, 1).doing("compute loss")?;
-        linear_losses(&hidden, &self.parts.output, targets)
+        linear_losses(&hidden, &self.parts.output, targets, self.fused)
     }
 
     fn head_scores(&self, x: Tensor, positions: Positions) -> Result<Tensor, ModelError> {

@@ -38,6 +38,11 @@ fn fixture() -> Fixture {
     serde_json::from_str(include_str!("../../../tests/fixtures/family-parity.json")).unwrap()
 }
 
+/// Each case by LibTorch's operations, and by the fused functions.
+fn both_ways(cases: &[Case]) -> impl Iterator<Item = (&Case, Fused)> {
+    cases.iter().flat_map(|case| [Fused::NONE, Fused::ALL].map(|fused| (case, fused)))
+}
+
 fn with_formula(case: &Case, precision: Precision) -> Decoder {
     tch::set_num_threads(1);
     let settings = BuildSettings { device: Device::Cpu, precision, seed: Some(0) };
@@ -85,8 +90,9 @@ fn logits_gradients_and_a_step_are_those_of_hugging_face() {
     let fixture = fixture();
     let all = batch(&fixture);
     let inputs = all.f_narrow(1, 0, all.size()[1] - 1).unwrap();
-    for case in &fixture.cases {
-        let model = with_formula(case, Precision::Fp32);
+    for (case, fused) in both_ways(&fixture.cases) {
+        let mut model = with_formula(case, Precision::Fp32);
+        model.use_fused(fused);
         let logits = values(&model.logits(&inputs).unwrap().f_get(0).unwrap());
         let far = furthest(&logits, &case.logits);
         assert!(far < 1e-5, "{}: logits differ by {far}", case.name);
@@ -128,8 +134,9 @@ fn a_packed_document_has_the_scores_that_it_has_alone_in_every_family() {
     let tokens = batch(&fixture).f_narrow(1, 0, 12).unwrap();
     let mut spans = Spans::whole();
     spans.set([&[0, 3][..], &[0]], 12, Device::Cpu).unwrap();
-    for case in &fixture.cases {
-        let model = with_formula(case, Precision::Fp32);
+    for (case, fused) in both_ways(&fixture.cases) {
+        let mut model = with_formula(case, Precision::Fp32);
+        model.use_fused(fused);
         let scores = |tokens: &Tensor, spans: &Spans| {
             let x = model.vectors(tokens, spans).unwrap();
             model.head_scores(x, Positions::All).unwrap()
@@ -187,8 +194,9 @@ fn no_part_of_a_description_can_be_left_out() {
 fn bf16_differs_by_its_rounding_in_every_family() {
     let fixture = fixture();
     let all = batch(&fixture);
-    for case in &fixture.cases {
-        let model = with_formula(case, Precision::Bf16);
+    for (case, fused) in both_ways(&fixture.cases) {
+        let mut model = with_formula(case, Precision::Bf16);
+        model.use_fused(fused);
         let loss = model.loss(&all).unwrap();
         assert!((value(&loss) - case.loss).abs() < 0.02 * case.loss, "{}: {} {}", case.name, value(&loss), case.loss);
     }

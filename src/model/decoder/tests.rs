@@ -65,7 +65,7 @@ pub(super) fn fill(model: &Decoder, f: impl Fn(usize, &str, usize) -> f64) {
 struct Parity {
     cases: Vec<Case>,
 }
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 struct Case {
     name: String,
     config: Value,
@@ -81,9 +81,11 @@ struct Case {
 fn logits_loss_and_gradients_are_those_of_hugging_face() {
     let parity: Parity = serde_json::from_str(include_str!("../../../tests/fixtures/llama-parity.json")).unwrap();
     assert_eq!(parity.cases.len(), 5);
-    for case in parity.cases {
+    let both = |case: Case| [Fused::NONE, Fused::ALL].map(|fused| (case.clone(), fused));
+    for (case, fused) in parity.cases.into_iter().flat_map(both) {
         let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: Some(0) };
-        let model = Decoder::new(families::read(&case.config).unwrap(), &settings).unwrap();
+        let mut model = Decoder::new(families::read(&case.config).unwrap(), &settings).unwrap();
+        model.use_fused(fused);
         let names: Vec<_> = model.parameters().iter().map(|parameter| parameter.name.clone()).collect();
         assert_eq!(names, case.parameters, "{}", case.name);
         fill(&model, |p, name, i| {

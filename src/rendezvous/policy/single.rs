@@ -125,6 +125,7 @@ mod tests {
             lost_steps: 0,
             verdict: String::new(),
             drain: None,
+            cap: None,
         };
         let failed = || Record::Failed { generation: Generation(1), step: Step(0), reason: String::new() };
         for (records, led) in [

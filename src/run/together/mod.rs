@@ -11,6 +11,7 @@
 //! | a member was told to leave | all ranks stop at one step, which is saved; the others form anew |
 //! | the leader was told to leave | the same; it records `interrupted` and leaves, the others form anew |
 //! | a person asks the run to stop (`trainer drain`) | the same; every node exits |
+//! | the leader finds that the run has reached a cap | the same; every node exits |
 //! | the leader is lost | its followers end their workers; one of them forms the next generation |
 //!
 //! # Invariants
@@ -39,7 +40,6 @@ use self::{
 };
 use super::{
     Outcome, Runner, Seating, Story,
-    launch::OnComplete,
     open::{Completed, completed},
     or_notice, parting, told_to_leave,
 };
@@ -138,8 +138,8 @@ impl Runner {
                 Call::Form(_) if self.was_stopped(&memory).await => return self.leaves(memory.story.finished),
                 Call::Form(proposal) => {
                     // It has just joined, and what it knows of the run may be old.
-                    if let Some(then) = self.has_completed(&memory).await? {
-                        return Ok(Outcome::Completed { then });
+                    if let Some(outcome) = self.is_over(&memory).await? {
+                        return Ok(outcome);
                     }
                     let stands = or_notice(notices, &reporter, self.propose(*proposal, &mut memory)).await;
                     let Some(stands) = stands else { return self.leaves_between(&memory, notices.left()).await };
@@ -150,7 +150,7 @@ impl Runner {
                     let step = memory.story.finished.unwrap_or_default();
                     let committed = self.newest_committed();
                     let verdict = format!("fewer than {} nodes are left", nodes.min);
-                    let stopped = Stopped { step: step.max(committed), committed, verdict, drain: None };
+                    let stopped = Stopped { step: step.max(committed), committed, verdict, drain: None, cap: None };
                     let words = self.last_words(generation, &stopped, None);
                     if or_notice(notices, &reporter, words).await.is_none() {
                         return self.leaves_between(&memory, notices.left()).await;
@@ -168,8 +168,8 @@ impl Runner {
                 // Another one stands by now.
                 Call::Lead(_) | Call::Follow(_) => continue,
                 Call::Wait => {
-                    if let Some(then) = self.has_completed(&memory).await? {
-                        return Ok(Outcome::Completed { then });
+                    if let Some(outcome) = self.is_over(&memory).await? {
+                        return Ok(outcome);
                     }
                     if self.was_stopped(&memory).await {
                         return self.leaves(memory.story.finished);
@@ -191,8 +191,8 @@ impl Runner {
                 After::Again => desk.tell(Tell::Again),
                 After::HandOver(_) => {}
                 After::Wait => {
-                    if let Some(then) = self.has_completed(&memory).await? {
-                        return Ok(Outcome::Completed { then });
+                    if let Some(outcome) = self.is_over(&memory).await? {
+                        return Ok(outcome);
                     }
                     if self.was_stopped(&memory).await {
                         return self.leaves(memory.story.finished);
@@ -225,8 +225,8 @@ impl Runner {
             .with_hint("start the others, or give --wait more time, or --nodes a lower minimum")
     }
 
-    /// The run, if it has been completed since this node opened it.
-    async fn has_completed(&mut self, memory: &Memory) -> Result<Option<OnComplete>> {
+    /// How the run ended, if it has been completed or has reached a cap since this node opened it.
+    async fn is_over(&mut self, memory: &Memory) -> Result<Option<Outcome>> {
         let _ = tokio::time::timeout(REASON, self.journal.refresh()).await;
         let (generation, had_ended) = memory.opened;
         if self.journal.state().generation() == generation && had_ended {
@@ -235,7 +235,10 @@ impl Runner {
         let state = self.journal.state();
         if let Some(Completed { step, .. }) = completed(&state, self.resolved.workload.task()) {
             tracing::info!(run = %self.run_id, %step, "run is complete");
-            return Ok(Some(self.options.then(&self.resolved.config, true)));
+            return Ok(Some(Outcome::Completed { then: self.options.then(&self.resolved.config, true) }));
+        }
+        if let Some(capped) = self.capped() {
+            return Ok(Some(capped));
         }
         match state.outcome() {
             crate::journal::Outcome::Failed { reason, .. } => {
@@ -244,6 +247,14 @@ impl Runner {
             }
             _ => Ok(None),
         }
+    }
+
+    /// The run has reached a cap, as its leader has recorded.
+    fn capped(&self) -> Option<Outcome> {
+        let state = self.journal.state();
+        let cap = state.capped().filter(|cap| cap.holds(&self.resolved.config.run))?;
+        let lost_steps = state.interruptions().last().map_or(0, |end| end.lost_steps);
+        Some(self.at_its_cap(cap, lost_steps, true))
     }
 
     /// Whether a person asked the newest generation to stop, and it has ended, since this node opened the run: then no
@@ -270,7 +281,7 @@ impl Runner {
         let step = finished.unwrap_or_default().max(committed);
         let lost_steps = step.get() - committed.get();
         if step > Step(0) {
-            self.reporter.event(&Event::Interrupted { step, lost_steps });
+            self.reporter.event(&Event::Interrupted { step, lost_steps, cap: None });
         }
         Ok(Outcome::Interrupted { lost_steps })
     }
@@ -557,6 +568,13 @@ impl Runner {
                 self.reporter.event(&Event::Warning { message: format!("this node has lost its leader: {why}") });
                 return Ok(After::Wait);
             }
+            Followed::Over { ends_the_run: true, finished, .. } => {
+                // Its leader's last record says whether a person or a cap has ended the run.
+                let limit = parting::within(REASON, notices.left());
+                let _ = tokio::time::timeout(limit, self.reads_the_reason(generation)).await;
+                let lost_steps = finished.get().saturating_sub(self.newest_committed().get());
+                (self.capped().unwrap_or(Outcome::Interrupted { lost_steps }), finished)
+            }
             Followed::Over { finished, .. } | Followed::Left { finished } => {
                 let limit = parting::within(REASON, notices.left());
                 let _ = tokio::time::timeout(limit, self.journal.refresh()).await;
@@ -564,8 +582,15 @@ impl Runner {
                 (Outcome::Interrupted { lost_steps }, finished)
             }
         };
-        if let Outcome::Interrupted { lost_steps } = outcome {
-            self.reporter.event(&Event::Interrupted { step, lost_steps });
+        match &outcome {
+            Outcome::Interrupted { lost_steps } => {
+                self.reporter.event(&Event::Interrupted { step, lost_steps: *lost_steps, cap: None });
+            }
+            Outcome::Capped { cap, lost_steps, .. } => {
+                let cap = Some(cap.to_string());
+                self.reporter.event(&Event::Interrupted { step, lost_steps: *lost_steps, cap });
+            }
+            Outcome::Completed { .. } | Outcome::NotCreated => {}
         }
         Ok(After::Over(outcome))
     }

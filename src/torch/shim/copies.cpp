@@ -8,6 +8,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "direct.h"
+
 namespace trainer {
 namespace {
 
@@ -43,21 +45,53 @@ struct Lookup : public Function<Lookup> {
   }
 };
 
-struct WithGradient : public Function<WithGradient> {
+// Adds `gradient · factor` to the leaf's own gradient where that may be done, and returns nothing; otherwise returns
+// the product.
+at::Tensor deliver(const at::Tensor& leaf, const at::Tensor& gradient, const at::Tensor& factor, bool direct) {
+  if (auto* own = direct && gradient.scalar_type() == at::kFloat ? own_gradient(leaf) : nullptr) {
+    own->addcmul_(gradient, factor);
+    return {};
+  }
+  return gradient.mul(factor);
+}
+
+// A loss with gradients that were computed along with it: with respect to `hidden`, in any floating type, and to a
+// leaf, in fp32. Either pair may be missing.
+struct WithGradients : public Function<WithGradients> {
   static at::Tensor forward(
       AutogradContext* context,
       const at::Tensor& loss,
-      const at::Tensor& /*leaf*/,
-      const at::Tensor& gradient,
-      double divisor) {
-    context->save_for_backward({gradient});
+      const std::optional<at::Tensor>& hidden,
+      const std::optional<at::Tensor>& leaf,
+      const std::optional<at::Tensor>& hidden_gradient,
+      const std::optional<at::Tensor>& leaf_gradient,
+      double divisor,
+      bool direct) {
+    context->save_for_backward({hidden_gradient.value_or(at::Tensor()), leaf_gradient.value_or(at::Tensor())});
     context->saved_data["divisor"] = divisor;
+    context->saved_data["direct"] = direct;
+    if (hidden.has_value()) {
+      context->saved_data["type"] = static_cast<int64_t>(hidden->scalar_type());
+    }
+    if (leaf.has_value()) {
+      context->saved_data["leaf"] = *leaf;
+    }
     return loss.clone();
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
-    const auto gradient = context->get_saved_variables().at(0);
+    const auto saved = context->get_saved_variables();
     const auto factor = grads.at(0).div(context->saved_data["divisor"].toDouble());
-    return {grads.at(0), gradient.mul(factor), at::Tensor(), at::Tensor()};
+    at::Tensor by_hidden, by_leaf;
+    if (saved.at(0).defined()) {
+      // The product is rounded once.
+      by_hidden = saved.at(0).to(at::kFloat).mul(factor).to(
+          static_cast<at::ScalarType>(context->saved_data["type"].toInt()));
+    }
+    if (saved.at(1).defined()) {
+      by_leaf = deliver(
+          context->saved_data["leaf"].toTensor(), saved.at(1), factor, context->saved_data["direct"].toBool());
+    }
+    return {grads.at(0), by_hidden, by_leaf, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -91,16 +125,30 @@ int32_t trn_copy_lookup(const at::Tensor* leaf, const at::Tensor* copy, const at
   });
 }
 
-// `loss`; its gradient is `gradient / divisor` with respect to the leaf.
-int32_t trn_with_gradient(
+// `loss`; its gradients are `hidden_gradient / divisor` with respect to `hidden` and `leaf_gradient / divisor` with
+// respect to `leaf`. A pair of null pointers is none.
+int32_t trn_with_gradients(
     const at::Tensor* loss,
+    const at::Tensor* hidden,
+    const at::Tensor* hidden_gradient,
     const at::Tensor* leaf,
-    const at::Tensor* gradient,
+    const at::Tensor* leaf_gradient,
     double divisor,
+    int32_t direct,
     at::Tensor** out) {
   return guarded([&] {
-    TORCH_CHECK(leaf->sizes() == gradient->sizes(), "a gradient of other extents than its parameter");
-    *out = new at::Tensor(WithGradient::apply(*loss, *leaf, *gradient, divisor));
+    const auto pair = [](const at::Tensor* of, const at::Tensor* gradient) {
+      TORCH_CHECK((of == nullptr) == (gradient == nullptr), "a gradient and what it is of are wanted");
+      TORCH_CHECK(of == nullptr || of->sizes() == gradient->sizes(), "a gradient of other extents than its tensor");
+    };
+    pair(hidden, hidden_gradient);
+    pair(leaf, leaf_gradient);
+    const auto or_none = [](const at::Tensor* tensor) {
+      return tensor == nullptr ? std::optional<at::Tensor>() : std::optional<at::Tensor>(*tensor);
+    };
+    *out = new at::Tensor(WithGradients::apply(
+        *loss, or_none(hidden), or_none(leaf), or_none(hidden_gradient), or_none(leaf_gradient), divisor,
+        direct != 0));
   });
 }
 

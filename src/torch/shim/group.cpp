@@ -1,12 +1,15 @@
 // Process groups and the gradient reducer, on LibTorch's c10d.
 #include "shim.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -22,12 +25,68 @@ namespace {
 
 using std::chrono::milliseconds;
 
+// One exchange of chunks: each rank gets the sum of its own chunk over all ranks.
+//
+// `flat` has as many equal chunks as there are ranks; chunk r is for rank r. Gloo's own reduce-scatter (2.11.0) is a
+// copy and an all-reduce, twice the traffic. Here ranks exchange chunks, and each adds up those that it receives, in
+// the order of ranks: so the sum of an element does not depend on its place.
+class Exchange {
+ public:
+  Exchange(const c10::intrusive_ptr<c10d::ProcessGroup>& group, const at::Tensor& flat)
+      : rank_(group->getRank()), size_(group->getSize()), flat_(flat) {
+    at::NoGradGuard no_grad;
+    if (flat_.is_cuda()) {
+      auto own = chunk(flat_, rank_);
+      work_ = group->_reduce_scatter_base(own, flat_);
+    } else {
+      received_ = at::empty_like(flat_);
+      std::vector<int64_t> equal;
+      work_ = group->alltoall_base(received_, flat_, equal, equal);
+    }
+  }
+
+  // Bytes of memory that it has beside `flat`.
+  uint64_t held() const {
+    return received_.defined() ? received_.nbytes() : 0;
+  }
+
+  bool arrived() const {
+    return work_->isCompleted();
+  }
+
+  // The sum, in the exchange's own memory or in `flat`. Sums on the calling thread: a thread of Gloo's would start its
+  // own team of compute threads.
+  at::Tensor sum() {
+    at::NoGradGuard no_grad;
+    work_->wait();
+    if (!received_.defined()) {
+      return chunk(flat_, rank_);
+    }
+    auto sum = chunk(received_, 0);
+    for (int rank = 1; rank < size_; ++rank) {
+      sum.add_(chunk(received_, rank));
+    }
+    return sum;
+  }
+
+ private:
+  at::Tensor chunk(const at::Tensor& memory, int rank) const {
+    const auto length = memory.numel() / size_;
+    return memory.narrow(0, rank * length, length);
+  }
+
+  int rank_;
+  int size_;
+  at::Tensor flat_;
+  at::Tensor received_;
+  c10::intrusive_ptr<c10d::Work> work_;
+};
+
 // Gives each rank its own chunk of every bucket, averaged over the ranks, behind the backward pass.
 //
 // A bucket's memory is padded to as many equal chunks as there are ranks. Rank r's result is in chunk r; the other
-// chunks hold no useful values. Gloo's own reduce-scatter (2.11.0) is a copy and an all-reduce, twice the traffic. Here
-// ranks exchange chunks, and each adds up those that it receives, in the order of ranks: so the sum of an element does
-// not depend on its place.
+// chunks hold no useful values. Buckets are added up in the order in which they were started, and on a CPU at most
+// kUnderWay exchanges hold memory at a time: a backward pass that is faster than the network waits for it.
 class Scatter {
  public:
   explicit Scatter(c10::intrusive_ptr<c10d::ProcessGroup> group) : group_(std::move(group)) {}
@@ -37,60 +96,67 @@ class Scatter {
     TORCH_CHECK(
         chunk > 0 && chunk <= INT64_MAX / group_->getSize() && chunk * group_->getSize() >= length,
         "chunks of ", chunk, " elements do not hold a bucket of ", length);
-    buckets_.push_back({at::zeros({chunk * group_->getSize()}, options), {}, {}});
-    return buckets_.back().memory;
+    buckets_.push_back(at::zeros({chunk * group_->getSize()}, options));
+    return buckets_.back();
   }
 
   const at::Tensor& memory(size_t bucket) const {
-    return buckets_.at(bucket).memory;
+    return buckets_.at(bucket);
   }
 
   void start(size_t index) {
-    at::NoGradGuard no_grad;
-    auto& bucket = buckets_.at(index);
-    if (bucket.memory.is_cuda()) {
-      auto own = chunk(bucket.memory, group_->getRank());
-      bucket.work = group_->_reduce_scatter_base(own, bucket.memory);
-    } else {
-      bucket.received = at::empty_like(bucket.memory);
-      std::vector<int64_t> equal;
-      bucket.work = group_->alltoall_base(bucket.received, bucket.memory, equal, equal);
+    const auto& memory = buckets_.at(index);
+    while (!memory.is_cuda() && !under_way_.empty() &&
+           (under_way_.size() >= kUnderWay || under_way_.front().exchange.arrived())) {
+      finish_first();
     }
+    under_way_.push_back({index, Exchange(group_, memory)});
+    ++started_;
+    uint64_t held = 0;
+    for (const auto& one : under_way_) {
+      held += one.exchange.held();
+    }
+    most_held_ = std::max(most_held_, held);
   }
 
-  // Sums on the calling thread: a thread of Gloo's would start its own team of compute threads.
   void finish() {
-    at::NoGradGuard no_grad;
-    for (auto& bucket : buckets_) {
-      TORCH_CHECK(bucket.work, "a bucket of gradients was not reduced");
-      bucket.work->wait();
-      auto own = chunk(bucket.memory, group_->getRank());
-      if (bucket.received.defined()) {
-        own.copy_(chunk(bucket.received, 0));
-        for (int rank = 1; rank < group_->getSize(); ++rank) {
-          own.add_(chunk(bucket.received, rank));
-        }
-      }
-      own.div_(group_->getSize());
-      bucket.work.reset();
-      bucket.received.reset();
+    while (!under_way_.empty()) {
+      finish_first();
     }
+    TORCH_CHECK(started_ == buckets_.size(), "a bucket of gradients was not reduced");
+    started_ = 0;
+  }
+
+  // The most bytes that exchanges have held at a time.
+  uint64_t most_held() const {
+    return most_held_;
   }
 
  private:
-  struct Bucket {
-    at::Tensor memory;
-    at::Tensor received;
-    c10::intrusive_ptr<c10d::Work> work;
+  static constexpr size_t kUnderWay = 2;
+
+  struct UnderWay {
+    size_t bucket;
+    Exchange exchange;
   };
 
-  at::Tensor chunk(const at::Tensor& memory, int rank) const {
-    const auto length = memory.numel() / group_->getSize();
-    return memory.narrow(0, rank * length, length);
+  void finish_first() {
+    at::NoGradGuard no_grad;
+    auto sum = under_way_.front().exchange.sum();
+    const auto& memory = buckets_.at(under_way_.front().bucket);
+    auto own = memory.narrow(0, group_->getRank() * sum.numel(), sum.numel());
+    if (own.data_ptr() != sum.data_ptr()) {
+      own.copy_(sum);
+    }
+    own.div_(group_->getSize());
+    under_way_.pop_front();
   }
 
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
-  std::vector<Bucket> buckets_;
+  std::vector<at::Tensor> buckets_;
+  std::deque<UnderWay> under_way_;
+  size_t started_ = 0;
+  uint64_t most_held_ = 0;
 };
 
 // Lets the reducer start a Scatter when a bucket is full, and continue without waiting for it.
@@ -200,6 +266,12 @@ struct Pending {
   c10::intrusive_ptr<c10d::Work> work;
 };
 
+// An exchange on its way, and what its sum is added to.
+struct Reducing {
+  Exchange exchange;
+  at::Tensor into;
+};
+
 c10::intrusive_ptr<c10d::Backend> make_nccl(
     const c10::intrusive_ptr<c10d::Store>& store,
     int rank,
@@ -220,6 +292,24 @@ c10::intrusive_ptr<c10d::Backend> make_nccl(
 // Backends send raw memory.
 void check_dense(const at::Tensor& tensor) {
   TORCH_CHECK(tensor.defined() && tensor.is_contiguous(), "the tensor is not contiguous");
+}
+
+// Elements of one of the equal chunks, one for each rank, that `flat` consists of.
+int64_t check_chunks(const Group& group, const at::Tensor& flat) {
+  check_dense(flat);
+  const int64_t size = group.group->getSize();
+  TORCH_CHECK(
+      flat.dim() == 1 && flat.numel() % size == 0, "a list of ", flat.numel(), " elements has no ", size,
+      " equal chunks");
+  return flat.numel() / size;
+}
+
+void check_chunk(const at::Tensor& chunk, int64_t length, const at::Tensor& flat) {
+  check_dense(chunk);
+  TORCH_CHECK(
+      chunk.dim() == 1 && chunk.numel() == length && chunk.scalar_type() == flat.scalar_type() &&
+          chunk.device() == flat.device(),
+      "a chunk of ", length, " elements is wanted, of its list's type and on its device");
 }
 
 void check_parameters(const std::vector<at::Tensor>& tensors) {
@@ -339,20 +429,41 @@ int32_t trn_group_barrier(const Group* group) {
   });
 }
 
-// Starts to fill every chunk of `flat` (as many equal ones as there are ranks) with that of its rank.
-int32_t trn_group_all_gather(const Group* group, const at::Tensor* flat, Pending** out) {
+// Starts to fill every chunk of `flat` (as many equal ones as there are ranks) with that of its rank. `own`: this
+// rank's; null: it is in its place in `flat`.
+int32_t trn_group_all_gather(const Group* group, const at::Tensor* flat, const at::Tensor* own, Pending** out) {
   return guarded(Touches::kNetwork, [&] {
     at::NoGradGuard no_grad;
-    check_dense(*flat);
-    const int64_t size = group->group->getSize();
-    TORCH_CHECK(
-        flat->dim() == 1 && flat->numel() % size == 0, "a list of ", flat->numel(), " elements has no ", size,
-        " equal chunks");
+    const auto length = check_chunks(*group, *flat);
     // As bytes: not every backend knows every type.
     auto output = flat->detach().view(at::kByte);
-    auto input = output.narrow(0, group->group->getRank() * (output.numel() / size), output.numel() / size);
+    const auto bytes = length * static_cast<int64_t>(flat->element_size());
+    auto input = output.narrow(0, group->group->getRank() * bytes, bytes);
+    if (own != nullptr) {
+      check_chunk(*own, length, *flat);
+      input = own->detach().view(at::kByte);
+    }
     *out = new Pending{group->group->_allgather_base(output, input)};
   });
+}
+
+// Starts to add the sum of this rank's chunk of `flat` over all ranks to `into`.
+int32_t trn_group_reduce_scatter(const Group* group, const at::Tensor* flat, const at::Tensor* into, Reducing** out) {
+  return guarded(Touches::kNetwork, [&] {
+    check_chunk(*into, check_chunks(*group, *flat), *flat);
+    *out = new Reducing{Exchange(group->group, flat->detach()), into->detach()};
+  });
+}
+
+int32_t trn_reducing_finish(Reducing* reducing) {
+  return guarded(Touches::kNetwork, [&] {
+    at::NoGradGuard no_grad;
+    reducing->into.add_(reducing->exchange.sum());
+  });
+}
+
+int32_t trn_reducing_free(Reducing* reducing) {
+  return guarded(Touches::kNetwork, [&] { delete reducing; });
 }
 
 // Returns when the result is there (Gloo), or is ordered before all later work of the current stream (NCCL).
@@ -436,20 +547,46 @@ int32_t trn_reducer_free(FixedReducer* reducer) {
   return guarded(Touches::kNetwork, [&] { delete reducer; });
 }
 
-int32_t trn_reducer_backward(FixedReducer* reducer, const at::Tensor* loss, int32_t reduce) {
+// From here on each gradient that arrives is the last of its step.
+int32_t trn_reducer_begin(FixedReducer* reducer) {
   return guarded(Touches::kNetwork, [&] {
-    if (reduce != 0) {
-      reducer->prepare_for_forward();
-      reducer->prepare_for_backward({*loss});
+    reducer->prepare_for_forward();
+    reducer->prepare_for_backward({});
+  });
+}
+
+// Waits for the averages.
+int32_t trn_reducer_end(FixedReducer* reducer) {
+  return guarded(Touches::kNetwork, [&] {
+    // Without this, a parameter that the loss does not depend on would silently leave its bucket unreduced.
+    reducer->check_finalized();
+    if (auto* scatter = reducer->scatter()) {
+      scatter->finish();
     }
-    loss->backward();
-    if (reduce != 0) {
-      // Without this, a parameter that the loss does not depend on would silently leave its bucket unreduced.
-      reducer->check_finalized();
-      if (auto* scatter = reducer->scatter()) {
-        scatter->finish();
-      }
-    }
+  });
+}
+
+// The most bytes that a sharded reducer's exchanges have held at a time, beside the buckets.
+int32_t trn_reducer_most_held(const FixedReducer* reducer, uint64_t* out) {
+  return guarded([&] { *out = reducer->scatter() == nullptr ? 0 : reducer->scatter()->most_held(); });
+}
+
+// Runs a backward pass from `outputs`, whose gradients are `gradients`, and adds to those of the leaves. It may run a
+// reducer's collectives.
+int32_t trn_backward_from(const at::Tensor* const* outputs, const at::Tensor* const* gradients, size_t count) {
+  return guarded(
+      Touches::kNetwork, [&] { torch::autograd::backward(list(outputs, count), list(gradients, count)); });
+}
+
+// Lets the gradient of a leaf be added to `memory`, which has its extents.
+int32_t trn_place_gradient(const at::Tensor* leaf, const at::Tensor* memory) {
+  return guarded([&] {
+    TORCH_CHECK(
+        leaf->is_leaf() && leaf->requires_grad() && leaf->sizes() == memory->sizes() &&
+            leaf->scalar_type() == memory->scalar_type() && leaf->device() == memory->device() &&
+            !memory->requires_grad(),
+        "a gradient's memory is wanted that has the extents, the type and the device of a leaf");
+    leaf->mutable_grad() = *memory;
   });
 }
 

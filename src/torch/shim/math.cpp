@@ -7,6 +7,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/SDPBackend.h>
 #include <ATen/core/grad_mode.h>
 
 namespace trainer {
@@ -194,6 +195,16 @@ int32_t trn_set_deterministic(int32_t on) {
     context.setBenchmarkCuDNN(false);
     // It would fill every fresh tensor with NaN: a pass over memory that finds bugs and changes no correct result.
     context.setDeterministicFillUninitializedMemory(false);
+    if (on == 0) {
+      // cuDNN's attention is the fastest of those that a GPU has; its backward pass has no fixed order of additions.
+      using Backend = at::SDPBackend;
+      std::vector<int64_t> order;
+      for (const auto backend :
+           {Backend::cudnn_attention, Backend::flash_attention, Backend::efficient_attention, Backend::math}) {
+        order.push_back(static_cast<int64_t>(backend));
+      }
+      context.setSDPPriorityOrder(order);
+    }
   });
 }
 

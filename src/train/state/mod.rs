@@ -8,17 +8,23 @@
 //!
 //! | strategy, precision | every rank | only rank r |
 //! |---|---|---|
-//! | single, ddp | `<name>` F32, `exp_avg.<name>`, `exp_avg_sq.<name>` | |
+//! | single, ddp, fp32 | `<name>` F32, `exp_avg.<name>`, `exp_avg_sq.<name>` | |
+//! | single, ddp, bf16, if the model needs rounded weights only | `<name>` BF16, those two, `master.<name>` F32 | |
 //! | zero1, fp32 | `<name>` F32 | its slices of `exp_avg.<name>`, `exp_avg_sq.<name>` |
 //! | zero1, bf16 | `<name>` BF16 | those, and its slices of `master.<name>`: the fp32 weights |
+//! | shard, fp32 | | its elements of `<name>` F32, its slices of `exp_avg.<name>`, `exp_avg_sq.<name>` |
+//! | shard, bf16 | | its elements of `<name>` BF16, and those slices and `master.<name>`'s |
 //! | each, of a frozen parameter | `<name>` in its own type | |
+//!
+//! Elements of `<name>` are not stored as slices: ranks write their ranges of one whole tensor, so that a checkpoint's
+//! folder stays a model folder.
 //!
 //! The base of a model with adapters is no part of the state. Its weights are loaded by [`State::of_base`]; the state
 //! has the adapters, which are in fp32 under every strategy, and go into a file of their own.
 //!
 //! Slices are stored as described in [`slices`](crate::format::slices). If a checkpoint has `master.<name>`, that is
 //! the weight, and `<name>` is its value rounded to bf16: so a checkpoint's folder stays a model folder that anybody
-//! can load, and saving needs no gather. Any rank of any world under either strategy loads from any of these: it takes
+//! can load, and saving needs no gather. Any rank of any world under any strategy loads from any of these: it takes
 //! its own elements from the files, which are all in shared memory. Files of an earlier version have whole tensors only
 //! and are loaded by the same rule.
 
@@ -52,6 +58,8 @@ pub struct Row<'a> {
 pub enum Tensors<'a> {
     /// Every parameter's values, frozen ones too but for a base: the model has them, whole, on every rank.
     OfModel,
+    /// Every frozen parameter's values but a base's.
+    FrozenOfModel,
     /// One for each trained parameter, whole, on every rank.
     Whole(&'a [Tensor]),
     /// This rank's chunk of each bucket, without padding: one dimension.
@@ -122,6 +130,11 @@ impl State {
             match tensors {
                 Tensors::OfModel => {
                     for (param, parameter) in parameters.iter().enumerate() {
+                        state.add_whole(*role, param, parameter.values())?;
+                    }
+                }
+                Tensors::FrozenOfModel => {
+                    for (param, parameter) in parameters.iter().enumerate().filter(|(_, it)| it.leaf().is_none()) {
                         state.add_whole(*role, param, parameter.values())?;
                     }
                 }
@@ -232,3 +245,5 @@ pub(super) fn signed(count: u64) -> i64 {
 
 #[cfg(test)]
 mod lora_tests;
+#[cfg(test)]
+pub mod testing;

@@ -6,11 +6,11 @@ use std::time::Duration;
 use tch::Tensor;
 
 use super::{
-    Buckets, Layout, Peers, Strategy,
+    Buckets, Layout, Peers, Stages, Strategy,
     single::{Replica, Whole},
 };
 use crate::{
-    config::OptimizerConfig,
+    config::{OptimizerConfig, Precision},
     error::Result,
     ids::Step,
     model::Leaves,
@@ -18,8 +18,12 @@ use crate::{
     train::state::State,
 };
 
-pub(super) fn lay_out(model: &dyn Leaves, buckets: Buckets) -> Result<(State, Box<dyn Layout>)> {
-    let (state, replica) = Replica::lay_out(model)?;
+pub(super) fn lay_out(
+    model: &mut dyn Leaves,
+    buckets: Buckets,
+    precision: Precision,
+) -> Result<(State, Box<dyn Layout>)> {
+    let (state, replica) = Replica::lay_out(model, precision)?;
     Ok((state, Box::new(Unconnected { replica, buckets })))
 }
 
@@ -46,11 +50,17 @@ struct Ddp {
     group: ProcessGroup,
 }
 
-impl Strategy for Ddp {
-    fn backward(&self, loss: &Tensor, last: bool) -> Result<(), TorchError> {
-        self.reducer.backward(loss, if last { Reduction::Average } else { Reduction::Accumulate })
+impl Stages for Ddp {
+    fn begin(&mut self, last: bool) -> Result<(), TorchError> {
+        self.reducer.begin(Reduction::of(last))
     }
 
+    fn end(&mut self, last: bool) -> Result<(), TorchError> {
+        self.reducer.end(Reduction::of(last))
+    }
+}
+
+impl Strategy for Ddp {
     fn norm(&self) -> Result<Tensor, TorchError> {
         self.whole.norm()
     }

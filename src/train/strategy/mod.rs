@@ -5,6 +5,9 @@
 //! | `single` | all | its own | all | nothing |
 //! | `ddp` | all | all-reduced behind the backward pass | all, the same on every rank | nothing |
 //! | `zero1` | all, to compute with | reduced by chunks | its chunk of each bucket | buckets are gathered |
+//! | `shard` | its chunk of each block, and a few blocks for a while | reduced by chunks | its chunks | nothing |
+//!
+//! A pass runs in one graph or stage by stage ([`stages`]), and `shard` gathers a stage's weights before it is computed.
 //!
 //! Frozen parameters are whole on every rank under each of them, and nobody reduces, updates or gathers them. Adapters
 //! beside a frozen base are trained like any parameter, in fp32.
@@ -20,7 +23,9 @@
 //! are summed in the order of ranks, so a resume on the same world is exact.
 
 mod ddp;
+mod shard;
 mod single;
+pub mod stages;
 mod zero1;
 
 #[cfg(test)]
@@ -28,22 +33,47 @@ mod tests;
 
 use std::{fmt, time::Duration};
 
-use tch::Tensor;
+use tch::{Device, TchError, Tensor};
 
+pub use self::stages::Stages;
 use super::{optim::clip_scale, state::State};
 use crate::{
     config::{self, OptimizerConfig, ParallelConfig, Precision},
     error::{Context, Error, Kind, Result},
     ids::{Rank, Step, WorldSize},
-    model::{Leaves, Parameter},
-    torch::{ProcessGroup, TorchError},
+    model::{Leaves, Parameter, Weight},
+    torch::{self, ProcessGroup, TorchError},
 };
 
-/// One rank's part in the work of a step.
-pub trait Strategy: fmt::Debug {
-    /// Runs the backward pass of `loss`, adding to the gradients; averages them over the ranks if this is the rank's
-    /// `last` pass of the step. Only that one communicates, so ranks may have different numbers of passes.
-    fn backward(&self, loss: &Tensor, last: bool) -> Result<(), TorchError>;
+/// What a pass keeps for its backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Graph {
+    /// Everything: one graph.
+    Whole,
+    /// The input of each block, and the graph of the last `keep` ones; the others are computed again.
+    Blocks {
+        /// How many.
+        keep: usize,
+    },
+}
+
+/// One rank's part in the work of a step. Passes add to the gradients: see [`stages::pass`].
+pub trait Strategy: Stages + fmt::Debug {
+    /// Whether weights are here for a while only, so that passes go stage by stage and all ranks do each of them
+    /// together: those that have no batch left, too.
+    fn is_staged(&self) -> bool {
+        false
+    }
+
+    /// Whether any rank says so, where all ranks do a pass together; otherwise whether this one does.
+    fn any(&self, here: bool) -> Result<bool, TorchError> {
+        Ok(here)
+    }
+
+    /// After all passes of a step, those of other ranks too: the gradients are averages over the ranks on return.
+    fn reduce(&mut self) -> Result<(), TorchError> {
+        Ok(())
+    }
 
     /// The 2-norm of the whole reduced gradient, the same number on every rank: a scalar on the device.
     fn norm(&self) -> Result<Tensor, TorchError>;
@@ -144,9 +174,10 @@ fn choose(
     let adapted = model.parameters().iter().any(Parameter::is_base);
     let precision = if adapted { Precision::Fp32 } else { precision };
     let made = tch::no_grad(|| match wanted {
-        _ if world.get() <= 1 => single::lay_out(model),
-        config::Strategy::Ddp => ddp::lay_out(model, buckets),
+        _ if world.get() <= 1 => single::lay_out(model, precision),
+        config::Strategy::Ddp => ddp::lay_out(model, buckets, precision),
         config::Strategy::Zero1 => zero1::lay_out(model, buckets, precision, rank, world),
+        config::Strategy::Shard => shard::lay_out(model, precision, rank, world),
     });
     made.context("make the state")
 }
@@ -165,6 +196,51 @@ pub(super) fn lay_out_small(
     world: WorldSize,
 ) -> Result<(State, Box<dyn Layout>)> {
     choose(wanted, SMALL, precision, model, rank, world)
+}
+
+/// Lets the model compute with `views`, one for each trained parameter; frozen ones stay as they are.
+fn replace_trained(
+    model: &mut dyn Leaves,
+    precision: Precision,
+    mut views: impl Iterator<Item = Tensor>,
+) -> Result<()> {
+    let mut weights = Vec::with_capacity(model.parameters().len());
+    for parameter in model.parameters() {
+        // A model whose parameters have no views keeps them, and `State::new` refuses it.
+        let view = parameter.leaf().and_then(|_| views.next());
+        weights.push(match (view, precision) {
+            (None, _) => parameter.weight.share(),
+            (Some(view), Precision::Fp32) => {
+                let leaf = view.f_detach().and_then(|leaf| leaf.f_set_requires_grad(true));
+                Weight::Leaf(torch::tch_result("make parameters", leaf)?)
+            }
+            (Some(view), Precision::Bf16) => Weight::Copy { leaf: torch::leaf_like(&view)?, copy: view },
+        });
+    }
+    Ok(model.set_parameters(weights)?)
+}
+
+/// The type of the weights that are computed with, where they are apart from those that are updated.
+const fn computed_in(precision: Precision) -> tch::Kind {
+    match precision {
+        Precision::Fp32 => tch::Kind::Float,
+        Precision::Bf16 => tch::Kind::BFloat16,
+    }
+}
+
+/// The 2-norm of the whole gradient, of which each rank has these `chunks`: the same number on every rank.
+fn norm_of_chunks(chunks: &[Tensor], group: &ProcessGroup, device: Device) -> Result<Tensor, TorchError> {
+    let square = || match chunks {
+        [] => Tensor::f_zeros([], (tch::Kind::Double, device)),
+        // In double, so that squaring a norm and taking the root again costs nothing.
+        chunks => torch::grad_norm(chunks)
+            .map_err(|error| TchError::Torch(error.to_string()))?
+            .f_to_kind(tch::Kind::Double)?
+            .f_square(),
+    };
+    let mut sum = torch::tch_result("gradient norm", square())?;
+    group.all_reduce_sum(&mut sum)?;
+    torch::tch_result("gradient norm", sum.f_sqrt().and_then(|norm| norm.f_to_kind(tch::Kind::Float)))
 }
 
 /// The leaves of the trained parameters, in the order of the model's.

@@ -1,16 +1,19 @@
 //! A world of one: everything is here, and nobody is asked. `ddp` has the same tensors and the same update on each
 //! rank.
+//!
+//! With bf16 the model computes with rounded copies of the fp32 weights. They are made anew after each update, so a
+//! step casts every weight once, however many passes it has. The arithmetic is that of a cast at each use.
 
 use std::time::Duration;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use super::{Layout, Peers, Strategy, leaves};
+use super::{Layout, Peers, Stages, Strategy, leaves};
 use crate::{
-    config::OptimizerConfig,
+    config::{OptimizerConfig, Precision},
     error::Result,
     ids::Step,
-    model::Leaves,
+    model::{Leaves, Weight},
     torch::{self, TorchError},
     train::{
         optim::{Slot, Update},
@@ -18,49 +21,86 @@ use crate::{
     },
 };
 
-pub(super) fn lay_out(model: &dyn Leaves) -> Result<(State, Box<dyn Layout>)> {
-    let (state, replica) = Replica::lay_out(model)?;
+pub(super) fn lay_out(model: &mut dyn Leaves, precision: Precision) -> Result<(State, Box<dyn Layout>)> {
+    let (state, replica) = Replica::lay_out(model, precision)?;
     Ok((state, Box::new(replica)))
 }
 
-/// Every trained parameter, whole: its leaf and its moments, in the same order.
+/// Every trained parameter, whole, in the order of the model's: its leaf, its fp32 values and its moments.
 #[derive(Debug)]
 pub(super) struct Replica {
     pub leaves: Vec<Tensor>,
+    /// What is updated: the leaves' own values, or those that `copies` are rounded from.
+    weights: Vec<Tensor>,
+    /// With bf16, what the model computes with.
+    copies: Vec<Tensor>,
     exp_avgs: Vec<Tensor>,
     exp_avg_sqs: Vec<Tensor>,
 }
 
 impl Replica {
-    pub fn lay_out(model: &dyn Leaves) -> Result<(State, Self)> {
-        let leaves = leaves(model);
-        let zeros = || torch::tch_result("make moments", leaves.iter().map(Tensor::f_zeros_like).collect());
+    /// With bf16 the model gets rounded copies of its weights, so that no pass has to round them; unless it needs some
+    /// in fp32.
+    pub fn lay_out(model: &mut dyn Leaves, precision: Precision) -> Result<(State, Self)> {
+        let weights = detached(&leaves(model))?;
+        let rounds = precision == Precision::Bf16 && model.needs_rounded_weights_only();
+        let copies = if rounds { compute_with_copies(model)? } else { Vec::new() };
+        let zeros = || torch::tch_result("make moments", weights.iter().map(Tensor::f_zeros_like).collect());
         let (exp_avgs, exp_avg_sqs): (Vec<Tensor>, Vec<Tensor>) = (zeros()?, zeros()?);
-        let rows = [
+        let mut rows = vec![
             Row { role: Role::Weight, tensors: Tensors::OfModel },
             Row { role: Role::ExpAvg, tensors: Tensors::Whole(&exp_avgs) },
             Row { role: Role::ExpAvgSq, tensors: Tensors::Whole(&exp_avg_sqs) },
         ];
+        if rounds {
+            rows.push(Row { role: Role::Master, tensors: Tensors::Whole(&weights) });
+        }
         let state = State::new(model, &rows)?;
-        Ok((state, Self { leaves, exp_avgs, exp_avg_sqs }))
+        Ok((state, Self { leaves: leaves(model), weights, copies, exp_avgs, exp_avg_sqs }))
     }
 
     /// Ready to train. Call it after the reducer, if there is one, is made: it decides where gradients are in memory.
     pub fn start(self) -> Result<Whole, TorchError> {
         torch::zero_gradients(&self.leaves)?;
         let gradients = torch::gradients(&self.leaves)?;
+        let rounded = self.copies.into_iter().zip(self.weights.iter().map(Tensor::shallow_clone)).collect();
         let moments = self.exp_avgs.into_iter().zip(self.exp_avg_sqs);
-        let slots = self.leaves.iter().zip(&gradients).zip(moments);
+        let slots = self.weights.into_iter().zip(&gradients).zip(moments);
         let slots = slots.map(|((weight, gradient), (exp_avg, exp_avg_sq))| Slot {
             decays: weight.dim() >= 2,
-            weight: weight.shallow_clone(),
+            weight,
             gradient: gradient.shallow_clone(),
             exp_avg,
             exp_avg_sq,
         });
         let update = Update::new(slots.collect());
-        Ok(Whole { leaves: self.leaves, gradients, update })
+        Ok(Whole { leaves: self.leaves, gradients, update, rounded })
     }
+}
+
+/// The values themselves, without a gradient: they share their memory with `leaves`.
+fn detached(leaves: &[Tensor]) -> Result<Vec<Tensor>, TorchError> {
+    torch::tch_result("find weights", leaves.iter().map(Tensor::f_detach).collect())
+}
+
+/// Lets the model compute with bf16 copies of its trained weights, beside leaves that receive the gradients; the other
+/// weights stay as they are. Returns the copies.
+fn compute_with_copies(model: &mut dyn Leaves) -> Result<Vec<Tensor>> {
+    let mut copies = Vec::new();
+    let mut weights = Vec::with_capacity(model.parameters().len());
+    for parameter in model.parameters() {
+        weights.push(match parameter.leaf() {
+            None => parameter.weight.share(),
+            Some(_) => {
+                let rounded = parameter.values().f_detach().and_then(|values| values.f_to_kind(Kind::BFloat16));
+                let copy = torch::tch_result("round weights", rounded)?;
+                copies.push(copy.shallow_clone());
+                Weight::Copy { leaf: torch::leaf_like(&copy)?, copy }
+            }
+        });
+    }
+    model.set_parameters(weights)?;
+    Ok(copies)
 }
 
 impl Layout for Replica {
@@ -75,6 +115,8 @@ pub(super) struct Whole {
     leaves: Vec<Tensor>,
     gradients: Vec<Tensor>,
     update: Update,
+    /// Copies to compute with, and the fp32 weights that are rounded into them.
+    rounded: Vec<(Tensor, Tensor)>,
 }
 
 impl Whole {
@@ -89,7 +131,11 @@ impl Whole {
         lr: f64,
         scale: Option<&Tensor>,
     ) -> Result<(), TorchError> {
-        self.update.apply(config, step, lr, scale)
+        self.update.apply(config, step, lr, scale)?;
+        for (copy, weights) in &self.rounded {
+            torch::tch_result("round weights", copy.shallow_clone().f_copy_(weights))?;
+        }
+        Ok(())
     }
 
     pub fn zero_grad(&self) -> Result<(), TorchError> {
@@ -100,11 +146,17 @@ impl Whole {
 #[derive(Debug)]
 struct Single(Whole);
 
-impl Strategy for Single {
-    fn backward(&self, loss: &Tensor, _: bool) -> Result<(), TorchError> {
-        torch::tch_result("backward pass", loss.f_backward())
+impl Stages for Single {
+    fn begin(&mut self, _: bool) -> Result<(), TorchError> {
+        Ok(())
     }
 
+    fn end(&mut self, _: bool) -> Result<(), TorchError> {
+        Ok(())
+    }
+}
+
+impl Strategy for Single {
     fn norm(&self) -> Result<Tensor, TorchError> {
         self.0.norm()
     }

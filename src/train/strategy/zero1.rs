@@ -12,21 +12,20 @@
 //! zeroing the gradients and reading the next batch.
 //!
 //! With bf16 only the owner of a chunk has its fp32 weights; their bf16 rounding is gathered and used for computing; in
-//! a `ddp` run every rank makes it for itself at each use. The casts are the same, so both strategies compute the same
+//! a `ddp` run every rank makes it for itself after each update. The casts are the same, so both strategies compute the same
 //! function: on two ranks without clipping even to the last bit, else up to the order in which numbers are summed.
-//! Bytes of one parameter on a rank, without its gradient's 4: ddp 12 (in either precision); zero1 fp32 4 + 8/N,
-//! bf16 2 + 12/N.
+//! Bytes of one parameter on a rank, without its gradient's 4: ddp fp32 12, bf16 14; zero1 fp32 4 + 8/N, bf16 2 + 12/N.
 
 use std::time::Duration;
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{Buckets, Layout, Peers, Strategy, leaves};
+use super::{Buckets, Layout, Peers, Stages, Strategy, computed_in, leaves, norm_of_chunks, replace_trained};
 use crate::{
     config::{OptimizerConfig, Precision},
     error::Result,
     ids::{Rank, Step, WorldSize},
-    model::{Leaves, Weight},
+    model::Leaves,
     torch::{self, Pending, ProcessGroup, Reducer, Reduction, TorchError},
     train::{
         optim::{Slot, Update},
@@ -60,10 +59,7 @@ pub(super) fn lay_out(
     let fresh = leaves(model);
     let lens: Vec<u64> = fresh.iter().map(|leaf| leaf.numel() as u64).collect();
     let partition = Partition::new(&lens, world, buckets.first, buckets.rest);
-    let kind = match precision {
-        Precision::Fp32 => Kind::Float,
-        Precision::Bf16 => Kind::BFloat16,
-    };
+    let kind = computed_in(precision);
     let mut views = Vec::with_capacity(fresh.len());
     let mut shares = Vec::with_capacity(partition.buckets().len());
     for number in 0..partition.buckets().len() {
@@ -123,28 +119,6 @@ fn share(
     let zeros = || Tensor::f_zeros([signed(owned)], (Kind::Float, device));
     let weights = if kind == Kind::Float { own.shallow_clone() } else { zeros()? };
     Ok(Share { gathered, own, weights, exp_avg: zeros()?, exp_avg_sq: zeros()? })
-}
-
-/// Lets the model compute with `views`, one for each trained parameter; frozen ones stay as they are.
-fn replace_trained(
-    model: &mut dyn Leaves,
-    precision: Precision,
-    mut views: impl Iterator<Item = Tensor>,
-) -> Result<()> {
-    let mut weights = Vec::with_capacity(model.parameters().len());
-    for parameter in model.parameters() {
-        // A model whose parameters have no views keeps them, and `State::new` refuses it.
-        let view = parameter.leaf().and_then(|_| views.next());
-        weights.push(match (view, precision) {
-            (None, _) => parameter.weight.share(),
-            (Some(view), Precision::Fp32) => {
-                let leaf = view.f_detach().and_then(|leaf| leaf.f_set_requires_grad(true));
-                Weight::Leaf(torch::tch_result("make parameters", leaf)?)
-            }
-            (Some(view), Precision::Bf16) => Weight::Copy { leaf: torch::leaf_like(&view)?, copy: view },
-        });
-    }
-    Ok(model.set_parameters(weights)?)
 }
 
 #[derive(Debug)]
@@ -221,23 +195,19 @@ impl Unit {
     }
 }
 
-impl Strategy for Zero1 {
-    fn backward(&self, loss: &Tensor, last: bool) -> Result<(), TorchError> {
-        self.reducer.backward(loss, if last { Reduction::Average } else { Reduction::Accumulate })
+impl Stages for Zero1 {
+    fn begin(&mut self, last: bool) -> Result<(), TorchError> {
+        self.reducer.begin(Reduction::of(last))
     }
 
+    fn end(&mut self, last: bool) -> Result<(), TorchError> {
+        self.reducer.end(Reduction::of(last))
+    }
+}
+
+impl Strategy for Zero1 {
     fn norm(&self) -> Result<Tensor, TorchError> {
-        let square = || match self.gradients.as_slice() {
-            [] => Tensor::f_zeros([], (Kind::Double, self.device)),
-            // In double, so that squaring a norm and taking the root again costs nothing.
-            gradients => torch::grad_norm(gradients)
-                .map_err(|error| TchError::Torch(error.to_string()))?
-                .f_to_kind(Kind::Double)?
-                .f_square(),
-        };
-        let mut sum = torch::tch_result("gradient norm", square())?;
-        self.group.all_reduce_sum(&mut sum)?;
-        torch::tch_result("gradient norm", sum.f_sqrt().and_then(|norm| norm.f_to_kind(Kind::Float)))
+        norm_of_chunks(&self.gradients, &self.group, self.device)
     }
 
     fn update(

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::{
-    config::Strategy::{Ddp, Zero1},
-    train::partition::Partition,
+    config::Strategy::{Ddp, Shard, Zero1},
+    train::lesson::Loss,
 };
 
 /// Where documents start, and the targets: every third sequence is dense, every third has two, every third none.
@@ -46,53 +46,33 @@ fn marked(strategy: config::Strategy, most: u32, mark: impl Fn(usize) -> (bool, 
     run
 }
 
-/// What one rank has of a step: its part of the loss, the norm, and the reduced gradient where it updates weights.
-fn first_step(run: &Run, group: Option<ProcessGroup>) -> (f64, f64, Vec<f32>) {
-    let (mut training, _) = rank(run, group, None);
+/// What one rank has of a step: its part of the loss, the norm, and its state afterwards.
+fn first_step(run: &Run, group: Option<ProcessGroup>) -> (f64, f64, Held) {
+    let (mut training, state) = rank(run, group, None);
     let Pass { loss, .. } = training.forward_backward(Step(1)).unwrap();
-    let gradients: Vec<Vec<f32>> = training
-        .lesson
-        .leaves()
-        .parameters()
-        .iter()
-        .filter_map(crate::model::Parameter::leaf)
-        .map(|leaf| Vec::try_from(leaf.grad().flatten(0, -1)).unwrap())
-        .collect();
-    let Place { rank, world, .. } = training.place;
-    let own = if world.get() > 1 && run.parallel.strategy == Zero1 {
-        let lens: Vec<u64> = gradients.iter().map(|gradient| gradient.len() as u64).collect();
-        let mut own: Vec<Vec<f32>> = gradients.iter().map(|gradient| vec![0.0; gradient.len()]).collect();
-        for piece in Partition::new(&lens, world, 1 << 20, 1 << 20).pieces(rank) {
-            let range = piece.begin as usize..piece.end as usize;
-            own[piece.param][range.clone()].copy_from_slice(&gradients[piece.param][range]);
-        }
-        own
-    } else {
-        gradients
-    };
     let norm = torch::to_f64(&training.update(Step(1)).unwrap().grad_norm).unwrap();
     training.settle().unwrap();
-    (torch::to_f64(&loss).unwrap(), norm, own.concat())
+    (torch::to_f64(&loss).unwrap(), norm, held(&state))
 }
 
-/// Loss, norm and gradient of the first step of all ranks together.
+/// Loss, norm and gradient of the first step of all ranks together. The first moments are the gradient times one
+/// factor.
 fn whole_step(run: &Run, world: u32) -> (f64, f64, Vec<f32>) {
     let ranks = everywhere(world, |group| first_step(run, group));
     let loss = ranks.iter().map(|(loss, ..)| loss).sum::<f64>() / f64::from(world);
-    let mut gradient = ranks[0].2.clone();
-    if run.parallel.strategy == Zero1 {
-        for (_, _, own) in &ranks[1..] {
-            gradient.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
-        }
-    }
-    (loss, ranks[0].1, gradient)
+    let norm = ranks[0].1;
+    let (_, states): (Vec<_>, Vec<Held>) = ranks.into_iter().map(|(loss, _, held)| (loss, held)).unzip();
+    let moments = together(&states).into_iter().filter(|(name, _)| name.starts_with("exp_avg."));
+    let bytes: Vec<u8> = moments.flat_map(|(_, bytes)| bytes).collect();
+    let gradient = bytes.chunks_exact(4).map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]]));
+    (loss, norm, gradient.collect())
 }
 
 #[test]
 fn loss_and_gradients_do_not_depend_on_passes_or_ranks_however_unequal_the_targets() {
     let (loss, norm, gradient) = whole_step(&marked(Ddp, 8, usual), 1);
     let size = gradient.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
-    for strategy in [Ddp, Zero1] {
+    for strategy in [Ddp, Zero1, Shard] {
         // On 8 ranks with a sequence each, some have no target at all.
         for (most, world) in [1, 2, 4].into_iter().flat_map(|most| [1, 2, 3].map(|world| (most, world))).chain([(1, 8)])
         {
@@ -114,7 +94,7 @@ fn the_loss_of_a_step_is_the_mean_over_its_targets() {
     let (mut sum, mut count) = (0.0, 0);
     for position in 0..8 {
         training.lesson.read(position..position + 1).unwrap();
-        let Loss { mean, targets } = tch::no_grad(|| training.lesson.loss().unwrap());
+        let Loss { mean, targets } = tch::no_grad(|| training.lesson.newest().unwrap().loss().unwrap());
         sum += torch::to_f64(&mean).unwrap() * targets as f64;
         count += targets;
     }
@@ -126,7 +106,7 @@ fn the_loss_of_a_step_is_the_mean_over_its_targets() {
 
 #[test]
 fn marks_that_say_nothing_have_the_bits_of_data_without_marks() {
-    for (strategy, world) in [(Ddp, 1), (Zero1, 3)] {
+    for (strategy, world) in [(Ddp, 1), (Zero1, 3), (Shard, 3)] {
         let plain = run(strategy, Precision::Fp32, 2);
         // One document, in which every token is a target.
         let same = marked(strategy, 2, |token| (token == 0, token > 0));
@@ -137,7 +117,7 @@ fn marks_that_say_nothing_have_the_bits_of_data_without_marks() {
 
 #[test]
 fn a_run_over_marked_data_resumes_to_the_bit() {
-    for (strategy, world) in [(Ddp, 2), (Zero1, 3)] {
+    for (strategy, world) in [(Ddp, 2), (Zero1, 3), (Shard, 3)] {
         assert_resumes(&marked(strategy, 2, usual), world);
     }
 }

@@ -5,12 +5,12 @@
 //! on purpose, would cost gigabytes. Here the headers are read first and checked against the file and
 //! [`MAX_PAGE_BYTES`]; pages with unlimited unpackers are unpacked once, and the result is discarded.
 
-use std::{
-    fs::File,
-    io::{self, BufReader, Read, Seek, SeekFrom},
-};
+use std::io::{self, BufReader, Read};
 
-use parquet::{basic::Compression, file::metadata::ColumnChunkMetaData};
+use parquet::{
+    basic::Compression,
+    file::{metadata::ColumnChunkMetaData, reader::ChunkReader},
+};
 
 /// The largest page that is read, bytes. Writers aim at one MiB; a thousand books of half a MiB, written at once, are
 /// one page.
@@ -21,13 +21,13 @@ const MAX_DEPTH: u32 = 16;
 const LENGTH_BYTES: u64 = 4;
 
 /// Checks the pages of one column of a row group against the file and the limit; the error says what is wrong.
-pub(super) fn check(file: &File, chunk: &ColumnChunkMetaData) -> Result<(), String> {
+pub fn check(file: &impl ChunkReader, chunk: &ColumnChunkMetaData) -> Result<(), String> {
     check_with(file, chunk, MAX_PAGE_BYTES)
 }
 
-fn check_with(file: &File, chunk: &ColumnChunkMetaData, most: u64) -> Result<(), String> {
+fn check_with(file: &impl ChunkReader, chunk: &ColumnChunkMetaData, most: u64) -> Result<(), String> {
     let failed = |error: io::Error| format!("the pages of the column can't be read: {error}");
-    let length = file.metadata().map_err(failed)?.len();
+    let length = file.len();
     let begin = chunk.dictionary_page_offset().unwrap_or(chunk.data_page_offset());
     let range = u64::try_from(begin).ok().zip(u64::try_from(chunk.compressed_size()).ok());
     let end = range.and_then(|(begin, bytes)| begin.checked_add(bytes)).filter(|end| *end <= length);
@@ -35,8 +35,7 @@ fn check_with(file: &File, chunk: &ColumnChunkMetaData, most: u64) -> Result<(),
         return Err("a column lies outside of the file".into());
     };
     while at < end {
-        let mut from = file;
-        from.seek(SeekFrom::Start(at)).map_err(failed)?;
+        let from = from(file, at).map_err(failed)?;
         let mut reader = Counted { reader: BufReader::with_capacity(512, from).take(end - at), count: 0 };
         let mut header = Header::default();
         header.read(&mut reader).map_err(|error| format!("the header of the page at byte {at} is broken: {error}"))?;
@@ -72,13 +71,15 @@ fn check_with(file: &File, chunk: &ColumnChunkMetaData, most: u64) -> Result<(),
 
 /// Whether `packed` bytes give at most `unpacked`; used for unlimited unpackers. The library reports pages that these
 /// unpackers can't read.
-fn fits(file: &File, at: u64, packed: u64, unpacked: u64, chunk: &ColumnChunkMetaData) -> io::Result<bool> {
-    let open = || -> io::Result<_> {
-        let mut from = file;
-        from.seek(SeekFrom::Start(at))?;
-        Ok(BufReader::new(from.take(packed)))
-    };
-    let packed: Box<dyn Read> = match chunk.compression() {
+fn fits<F: ChunkReader>(
+    file: &F,
+    at: u64,
+    packed: u64,
+    unpacked: u64,
+    chunk: &ColumnChunkMetaData,
+) -> io::Result<bool> {
+    let open = || -> io::Result<_> { Ok(BufReader::new(from(file, at)?.take(packed))) };
+    let packed: Box<dyn Read + '_> = match chunk.compression() {
         Compression::GZIP(_) => Box::new(flate2::bufread::MultiGzDecoder::new(open()?)),
         Compression::BROTLI(_) => Box::new(brotli::Decompressor::new(open()?, 64 << 10)),
         Compression::LZ4 => Box::new(lz4_flex::frame::FrameDecoder::new(open()?)),
@@ -87,6 +88,11 @@ fn fits(file: &File, at: u64, packed: u64, unpacked: u64, chunk: &ColumnChunkMet
     let mut counted = Counted { reader: packed.take(unpacked + 1), count: 0 };
     let _ = io::copy(&mut counted, &mut io::sink());
     Ok(counted.count <= unpacked)
+}
+
+/// The bytes from `at` on.
+fn from<F: ChunkReader>(file: &F, at: u64) -> io::Result<F::T> {
+    file.get_read(at).map_err(io::Error::other)
 }
 
 /// The relevant part of a page's header. If a field occurs twice, the last one counts, as in the library.
@@ -254,7 +260,10 @@ impl<R: Read> Read for Counted<R> {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write, sync::Arc};
+    use std::{
+        io::{Seek, SeekFrom, Write},
+        sync::Arc,
+    };
 
     use parquet::{
         basic::{BrotliLevel, GzipLevel, ZstdLevel},

@@ -44,6 +44,7 @@ mod protocol_random;
 mod real_model;
 mod rendezvous_sim;
 mod rules;
+mod shard;
 mod simulate;
 mod stalls;
 mod states;

@@ -36,6 +36,7 @@ fn adapters_have_a_rank_and_weights_to_be_trained_beside() {
         ("model.lora = { rank = 4, targets = 'q_proj' }", "all-linear"),
         ("model.lora = { rank = 4, targets = ['q_proj', 'all-linear'] }", "model.lora.targets"),
         ("model.lora = { rank = 5000 }", "4096"),
+        ("model.lora.rank = 4\nparallel.strategy = 'shard'", "set parallel.strategy = \"zero1\""),
         ("model.lora = { rank = 4, droput = 0 }", "unknown key model.lora.droput"),
     ] {
         let error = more(lines).unwrap_err().to_string();

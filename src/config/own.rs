@@ -155,6 +155,8 @@ mod tests {
         // A sample is a sequence of one token: what counts tokens counts samples.
         assert_eq!((config.workload.data.sequence_length, config.workload.data.train.as_str()), (1, ""));
         for (lines, said) in [
+            ("task.name = 'x'\nparallel.strategy = 'shard'", "task.name = \"x\" has no blocks: set parallel.strategy"),
+            ("task.name = 'x'\ntrain.activations = 'block'", "task.name = \"x\" has no blocks: set train.activations"),
             ("task.name = 'a b'", "letters, digits"),
             ("[task.settings]\nx = 1", "task.name is not set"),
             ("task = 5", "expected a table"),

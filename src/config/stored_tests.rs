@@ -49,6 +49,22 @@ fn a_run_from_before_a_setting_was_there_has_its_default_and_hostile_ones_are_re
 }
 
 #[test]
+fn what_is_kept_of_a_pass_is_stored_only_if_it_is_not_everything() {
+    let config = load_least("").unwrap();
+    let stored = serde_json::to_value(&config).unwrap();
+    assert!(stored["train"].get("activations").is_none(), "as in runs from before it could be chosen: {stored}");
+    assert_eq!(serde_json::from_value::<RunConfig>(stored).unwrap(), config);
+    for (text, activations) in [("block", Activations::Block), ("auto", Activations::Auto)] {
+        let set = [("train.activations".to_owned(), text.to_owned()), ("parallel.strategy".to_owned(), "shard".into())];
+        let changed = apply_overrides(&config, &set).unwrap();
+        let stored = serde_json::to_value(&changed).unwrap();
+        assert_eq!((&stored["train"]["activations"], &stored["parallel"]["strategy"]), (&text.into(), &"shard".into()));
+        let read = serde_json::from_value::<RunConfig>(stored).unwrap();
+        assert_eq!((read.workload.train.activations, read.workload.parallel.strategy), (activations, Strategy::Shard));
+    }
+}
+
+#[test]
 fn epochs_become_steps_once_the_data_is_known() {
     let mut train = load_least("train.epochs = 3").unwrap().workload.train;
     assert_eq!((train.steps, train.epochs, train.global_batch), (0, 3, 32));

@@ -184,6 +184,10 @@ pub trait Model: Leaves {
     /// Computes by these functions in place of LibTorch's operations: the same up to rounding. At first there are none.
     fn use_fused(&mut self, functions: Fused);
 
+    /// Whether a loss adds the gradient of the output layer's weights to what they have, in a backward pass that
+    /// accumulates all gradients, and does not hand it to autograd.
+    fn adds_in_place(&self) -> bool;
+
     /// The first stage: vectors `[batch, T, width]` for i64 `tokens` `[batch, T]`.
     fn embed(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
 

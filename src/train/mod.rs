@@ -21,6 +21,7 @@
 //! starts the group again. *Cancel:* between two steps, and in [`Training::evaluate`] between two passes.
 #![doc = include_str!("README.md")]
 
+mod activations;
 mod batch;
 mod lesson;
 mod optim;

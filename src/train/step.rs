@@ -5,14 +5,15 @@ use std::time::Duration;
 use tch::{Device, Tensor};
 
 use super::{
+    activations::Keeper,
     lesson::Lesson,
     schedule,
     state::State,
-    strategy::{self, Graph, Layout, Peers, Strategy, stages},
+    strategy::{self, Layout, Peers, Strategy, stages},
     timing::{Part, Timer},
 };
 use crate::{
-    config::{self, Activations, DataConfig, ParallelConfig, Spread, TrainConfig, share},
+    config::{self, DataConfig, ParallelConfig, Spread, TrainConfig, share},
     data::sampler::batch as positions,
     error::{Error, Kind, Result},
     ids::{Rank, Step, WorldSize},
@@ -62,12 +63,13 @@ impl Built {
     pub fn start(self, data: &DataConfig, peers: Peers) -> Result<Training> {
         let Self { lesson, layout, train, place, .. } = self;
         let strategy = layout.connect(peers)?;
+        let blocks = lesson.model().map_or(0, Model::blocks);
         // Alone, nothing is reduced.
         let leaves = lesson.leaves().parameters().iter().filter_map(Parameter::leaf);
         let leaves = leaves.filter(|_| place.world.get() > 1).map(Tensor::shallow_clone);
         let timer = Timer::new(place.device, lesson.passes().iter().count(), &leaves.collect::<Vec<_>>())?;
         Ok(Training {
-            graph: graph(train.activations, strategy.is_staged()),
+            keeper: Keeper::new(train.activations, strategy.is_staged(), place.device.is_cuda(), blocks),
             strategy,
             timer,
             validation_every: data.validation_every,
@@ -87,7 +89,7 @@ pub struct Training {
     place: Place,
     lesson: Box<dyn Lesson>,
     strategy: Box<dyn Strategy>,
-    graph: Graph,
+    keeper: Keeper,
     timer: Timer,
 }
 
@@ -131,23 +133,25 @@ impl Training {
             self.strategy.settle()?;
             self.timer.lap(Part::Optimizer)?;
             let divisor = |targets| config::divisor(step_targets, targets, world);
-            let newest = self.lesson.newest()?;
-            let loss = stages::pass(self.strategy.as_mut(), &newest, self.graph, &divisor, last, &mut self.timer)?;
+            let (newest, graph) = (self.lesson.newest()?, self.keeper.graph());
+            let loss = stages::pass(self.strategy.as_mut(), &newest, graph, &divisor, last, &mut self.timer)?;
             total = Some(match total {
                 None => loss,
                 Some(sum) => torch::tch_result("sum losses", sum.f_add(&loss))?,
             });
         }
-        self.join_passes_of_others()?;
-        self.strategy.reduce()?;
-        self.timer.lap(Part::Reduce)?;
+        if self.strategy.is_staged() {
+            self.join_passes_of_others()?;
+            self.strategy.reduce()?;
+            self.timer.lap(Part::Reduce)?;
+        }
         let loss = total.ok_or_else(|| Error::new(Kind::Bug, "a step without a micro-batch"))?;
         Ok(Pass { loss })
     }
 
-    /// Where all ranks do each pass together, this one takes part in those for which it has no samples left.
+    /// All ranks do each pass together: this one takes part in those for which it has no samples left.
     fn join_passes_of_others(&mut self) -> Result<()> {
-        let (true, Some(model)) = (self.strategy.is_staged(), self.lesson.model()) else { return Ok(()) };
+        let Some(model) = self.lesson.model() else { return Ok(()) };
         let spread = Spread::new(self.train.global_batch, self.place.world, self.train.max_micro_batch)?;
         for _ in self.lesson.passes().iter().count()..spread.most_passes() {
             stages::idle_pass(self.strategy.as_mut(), model)?;
@@ -169,6 +173,11 @@ impl Training {
         let lr = schedule::learning_rate(schedule, optimizer.lr, step, *steps);
         let grad_norm = self.strategy.step(optimizer, step, lr)?;
         self.strategy.zero_grad()?;
+        if self.keeper.is_searching()
+            && let Some(memory) = torch::device_memory(self.place.device)?
+        {
+            self.keeper.learn(memory);
+        }
         self.timer.lap(Part::Optimizer)?;
         Ok(Update { grad_norm, lr })
     }
@@ -220,16 +229,6 @@ impl Training {
             samples.start = end;
         }
         Ok(Some(HeldOut(sums)))
-    }
-}
-
-/// What passes keep. A staged strategy has a block's weights for as
-/// long as it is computed, and keeps no graph of it.
-fn graph(activations: Activations, is_staged: bool) -> Graph {
-    match activations {
-        _ if is_staged => Graph::Blocks { keep: 0 },
-        Activations::Block => Graph::Blocks { keep: 0 },
-        Activations::Keep | Activations::Auto => Graph::Whole,
     }
 }
 
@@ -525,10 +524,15 @@ mod tests {
 
     #[test]
     fn the_held_out_loss_is_that_of_all_shares_together_and_changes_nothing() {
-        let run = run(config::Strategy::Zero1, Precision::Fp32, 2);
+        for strategy in [config::Strategy::Zero1, config::Strategy::Shard] {
+            held_out_loss_of(&run(strategy, Precision::Fp32, 2));
+        }
+    }
+
+    fn held_out_loss_of(run: &Run) {
         let [one, two, four] = [1, 2, 4].map(|world| {
             let shares = everywhere(world, |group| {
-                let (mut training, state) = rank(&run, group, None);
+                let (mut training, state) = rank(run, group, None);
                 let before = held(&state);
                 let share = training.evaluate(|| false).unwrap().unwrap();
                 assert!(before == held(&state));
@@ -542,6 +546,59 @@ mod tests {
         // An untrained model guesses.
         assert!((one - 96_f64.ln()).abs() < 0.1, "{one}");
         assert!((one - two).abs() < 1e-5 && (one - four).abs() < 1e-5, "{one} {two} {four}");
+    }
+
+    /// Ranks with no sample left take part in the others' passes.
+    #[test]
+    fn ranks_that_share_their_weights_measure_and_give_up_together() {
+        let mut run = run(config::Strategy::Shard, Precision::Bf16, 1);
+        let of = |run: &Run, world| {
+            let shares = everywhere(world, |group| {
+                let (mut training, state) = rank(run, group, None);
+                train(&mut training, 1..=2);
+                let before = held(&state);
+                let share = training.evaluate(|| false).unwrap().unwrap();
+                assert!(before == held(&state));
+                // One rank hears of the end before the others, and not before the first pass.
+                let asked = std::cell::Cell::new(0);
+                let hears = training.place.rank == Rank(1) || world == 1;
+                let over = training.evaluate(|| asked.replace(asked.get() + 1) == 1 && hears).unwrap();
+                assert_eq!(over, None);
+                (train(&mut training, 3..=3), share.0[0].loss, share.0[0].targets)
+            });
+            let loss: f64 = shares.iter().map(|share| share.1).sum();
+            let targets: u64 = shares.iter().map(|share| share.2).sum();
+            loss / targets as f64
+        };
+        let shard = [2, 3, 4].map(|world| of(&run, world));
+        run.parallel.strategy = config::Strategy::Ddp;
+        let ddp = [2, 3, 4].map(|world| of(&run, world));
+        for (shard, ddp) in shard.iter().zip(&ddp) {
+            assert!((shard - ddp).abs() < 2e-3 * ddp, "{shard} for {ddp}");
+        }
+    }
+
+    /// A run may go from one to another with any resume, so nothing may differ.
+    #[test]
+    fn what_is_kept_of_a_pass_changes_no_bit_of_a_run() {
+        use config::{
+            Activations::{Auto, Block, Keep},
+            Strategy::{Ddp, Zero1},
+        };
+        for (strategy, world, precision) in
+            [(Ddp, 1, Precision::Bf16), (Ddp, 2, Precision::Fp32), (Zero1, 3, Precision::Bf16)]
+        {
+            let mut run = run(strategy, precision, 2);
+            let [keep, block, auto] = [Keep, Block, Auto].map(|activations| {
+                run.train.activations = activations;
+                everywhere(world, |group| {
+                    let (mut training, state) = rank(&run, group, None);
+                    let seen = train(&mut training, 1..=4);
+                    (seen, training.evaluate(|| false).unwrap(), held(&state))
+                })
+            });
+            assert!(keep == block && keep == auto, "{strategy:?} {world} {precision:?}");
+        }
     }
 
     #[test]

@@ -411,6 +411,10 @@ impl Model for Decoder {
         self.fused = functions;
     }
 
+    fn adds_in_place(&self) -> bool {
+        self.fused.linear
+    }
+
     fn adapt(&mut self, adapters: Vec<Parameter>, scale: f64) -> Result<(), ModelError> {
         self.parameters.extend(adapters);
         self.adapted = Some(scale);

@@ -7,8 +7,8 @@
 //! are chained there. All of it depends on bits and places alone, so that devices, threads and chunks make no
 //! difference; a NaN is as good as any number.
 //!
-//! With `ddp` that is the whole state; with `zero1` the weights that every rank computes with, and frozen ones. A
-//! model has no other tensors that change.
+//! With `ddp` that is the whole state; with `zero1` the weights that every rank computes with, and frozen ones; with
+//! `shard` frozen ones alone. A model has no other tensors that change.
 //!
 //! *Cost.* It reads the state once, on one thread of the CPU or on the GPU, and the loop waits. For the state of the
 //! benchmark's model (41.7 M parameters, `ddp`, fp32: 0.5 GB) that is 0.31 s on a machine of 2 cores, where copying the
@@ -203,6 +203,8 @@ mod tests {
             (Strategy::Ddp, Precision::Bf16),
             (Strategy::Zero1, Precision::Fp32),
             (Strategy::Zero1, Precision::Bf16),
+            // Nothing at all.
+            (Strategy::Shard, Precision::Bf16),
         ] {
             let states = [0, 1].map(|rank| {
                 let mut model = build(precision);

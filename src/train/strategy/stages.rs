@@ -12,7 +12,8 @@
 //! Same bits: the operations of a stage are those of a pass in one graph, and each is a function of its inputs alone, so
 //! that it gives the same values when it is done again. (A model that drew random numbers would have to draw the same
 //! ones again; none does.) A parameter's gradient is added to once in a pass, by the sum of what its uses give. A tied
-//! embedding has two, at both ends: the head's is held back until the lookup's is there, as autograd does it.
+//! embedding has two, at both ends: the head's is held back until the lookup's is there, as autograd does it; or it is
+//! added at once where the loss would do so in a pass of one graph ([`Model::adds_in_place`]).
 //!
 //! [`Stages`] is what a strategy does between them. All ranks call it in one order, so it may communicate.
 //!
@@ -241,6 +242,14 @@ fn head_gradients(
             gradients.push(gradient);
         } else {
             tied.push((leaf.shallow_clone(), gradient));
+        }
+    }
+    if model.adds_in_place() && !strategy.is_staged() {
+        // So does the loss in a pass of one graph. A staged strategy has not made room for the embedding's gradient
+        // yet, which is zero before: the sum is the same.
+        for (leaf, gradient) in tied.drain(..) {
+            let sum = tch::no_grad(|| leaf.f_grad()?.f_add_(&gradient));
+            let _sum = torch::tch_result("backward pass", sum)?;
         }
     }
     strategy.open(Stage::Head)?;

@@ -35,6 +35,8 @@ struct Case {
     lora: bool,
     /// Several documents in a sequence, and not every token a target.
     marked: bool,
+    /// Computed by functions of one pass each, which add gradients in place.
+    fused: bool,
 }
 
 struct Trained {
@@ -121,6 +123,9 @@ fn freeze(model: &mut dyn Model, frozen: &[(&str, Kind)]) {
 fn train(case: &Case, group: Option<ProcessGroup>) -> Trained {
     tch::set_num_threads(1);
     let mut model = build(case);
+    if case.fused {
+        model.use_fused(*crate::torch::fused::verified(Device::Cpu).fused);
+    }
     freeze(model.as_mut(), case.frozen);
     let (rank, world) = group.as_ref().map_or((Rank(0), WorldSize(1)), |group| (group.rank(), group.world()));
     let (state, layout) = lay_out_small(case.strategy, case.precision, model.as_mut(), rank, world).unwrap();
@@ -247,6 +252,7 @@ const CASE: Case = Case {
     blocks: 2,
     lora: false,
     marked: false,
+    fused: false,
 };
 const SHARD: Case = Case { strategy: config::Strategy::Shard, blocks: 3, ..CASE };
 
@@ -313,8 +319,10 @@ fn on_two_ranks_with_one_pass_a_sharded_run_has_the_bits_of_ddp() {
         for blocks in [1, 2, 3, 4] {
             compare(Case { precision, blocks, ..SHARD });
         }
-        compare(Case { precision, tied: true, ..SHARD });
-        compare(Case { precision, marked: true, ..SHARD });
+        for fused in [false, true] {
+            compare(Case { precision, tied: true, fused, ..SHARD });
+            compare(Case { precision, marked: true, fused, ..SHARD });
+        }
     }
 }
 
@@ -322,7 +330,7 @@ fn on_two_ranks_with_one_pass_a_sharded_run_has_the_bits_of_ddp() {
 fn on_any_world_with_one_pass_a_sharded_run_has_the_bits_of_zero1() {
     for precision in [Precision::Fp32, Precision::Bf16] {
         for (world, tied) in [(3, false), (3, true), (4, false), (5, true)] {
-            let case = Case { precision, world, tied, ..SHARD };
+            let case = Case { precision, world, tied, fused: world == 3, ..SHARD };
             let [shard, zero1] = [case, Case { strategy: config::Strategy::Zero1, ..case }].map(|case| run(&case));
             assert_eq!(losses(&shard), losses(&zero1), "{case:?}");
             assert!(last_state(&shard) == last_state(&zero1), "{case:?}: other bits in the state");
@@ -391,9 +399,11 @@ fn a_pass_by_blocks_has_the_bits_of_one_graph() {
         let case = Case { precision, clip: 0.05, ..CASE };
         for (strategy, world) in [(Ddp, 1), (Ddp, 2), (Zero1, 2), (Zero1, 3)] {
             let case = Case { strategy, world, ..case };
-            same(Case { tied: true, most: 2, ..case });
-            same(Case { most: 5, marked: true, ..case });
-            same(Case { lora: true, ..case });
+            for fused in [false, true] {
+                same(Case { tied: true, most: 2, fused, ..case });
+                same(Case { most: 5, marked: true, fused, ..case });
+            }
+            same(Case { lora: true, fused: true, ..case });
         }
         same(Case { strategy: Ddp, frozen: FROZEN, ..case });
         same(Case { strategy: Ddp, frozen: ENDS, ..case });

@@ -154,6 +154,7 @@ mod tests {
     };
 
     #[test]
+    #[expect(clippy::single_range_in_vec_init, reason = "lists of ranges are what is tested")]
     fn pages_are_those_of_the_ranges_and_none_twice() {
         let of = |ranges: &[Range<u64>]| pages_of(ranges, 4096);
         assert_eq!(of(&[]), []);

@@ -625,8 +625,8 @@ mod tests {
     /// The rank whose image this copy goes into.
     fn image_of(slots: &Slots, copy: &SlotCopy) -> Rank {
         let layout = slots.layout.as_ref().unwrap();
-        let images = layout.plans.iter().zip(&layout.bases);
-        images.filter(|(_, base)| **base <= copy.offset).last().unwrap().0.rank
+        let mut images = layout.plans.iter().zip(&layout.bases);
+        images.rfind(|(_, base)| **base <= copy.offset).unwrap().0.rank
     }
 
     /// Tensors of which each of two ranks has a half.

@@ -11,10 +11,11 @@
 //! Buckets are updated and gathered from the first layers to the last. Between `update` and `settle` come the report,
 //! zeroing the gradients and reading the next batch.
 //!
-//! With bf16 only the owner of a chunk has its fp32 weights; their bf16 rounding is gathered and used for computing; in
-//! a `ddp` run every rank makes it for itself after each update. The casts are the same, so both strategies compute the same
-//! function: on two ranks without clipping even to the last bit, else up to the order in which numbers are summed.
-//! Bytes of one parameter on a rank, without its gradient's 4: ddp fp32 12, bf16 14; zero1 fp32 4 + 8/N, bf16 2 + 12/N.
+//! With bf16 only the owner of a chunk has its fp32 weights; their bf16 rounding is gathered and used for computing. In
+//! a `ddp` run every rank makes it for itself after each update. The casts are the same, so both strategies compute the
+//! same function: on two ranks without clipping even to the last bit, else up to the order in which numbers are summed.
+//! Bytes of one parameter on a rank, without its gradient's 4: ddp fp32 12, bf16 14; zero1 fp32 4 + 8/N,
+//! bf16 2 + 12/N.
 
 use std::time::Duration;
 

@@ -182,5 +182,10 @@ fn a_bf16_checkpoint_is_a_model_folder_with_fp32_weights_beside_it() {
     whole_run(&lab, "again", 2, &[&settings[..], &[&init]].concat());
     let ddp = lab.resume("run").args(&with(&["parallel.strategy=ddp", "train.steps=8"])).finish().expect_code(0);
     assert_eq!(ddp.resumed_from(), 6, "{}", ddp.story());
-    assert!(tensors(&lab, "run").values().all(|(dtype, ..)| dtype == "F32"));
+    // Every rank has all of it: whole fp32 weights beside the rounded ones.
+    let stored = tensors(&lab, "run");
+    for (name, (dtype, ..)) in &stored {
+        assert_eq!(dtype, if weights.contains_key(name) { "BF16" } else { "F32" }, "{name}");
+    }
+    assert!(weights.keys().all(|name| stored.contains_key(&format!("master.{name}"))));
 }

@@ -221,8 +221,9 @@ def start(options, rank):
     return model, optimizer, windows(options.data, "train", options.sequence_length)
 
 
-def one_step(model, optimizer, batch):
-    loss = model(batch)
+def one_step(model, optimizer, batch, bf16=False):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        loss = model(batch)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -239,7 +240,7 @@ def train(options, rank):
     begin = time.perf_counter()
     for step in range(1, options.steps + 1):
         first = ((step - 1) * options.global_batch + rank * share) % (len(sequences) - share)
-        loss = one_step(model, optimizer, sequences[first : first + share])
+        loss = one_step(model, optimizer, sequences[first : first + share], options.bf16)
         now = time.perf_counter()
         steps.append((loss, now - begin))
         begin = now
@@ -321,6 +322,7 @@ def parse():
         parser.add_argument(name, type=int)
     parser.add_argument("--store")
     parser.add_argument("--blocking", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="autocast")
     return parser.parse_args()
 
 

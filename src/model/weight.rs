@@ -108,7 +108,7 @@ impl Weight {
         }
     }
 
-    /// Its leaf, and its values without a gradient of their own, if these are of this `kind`: what a product needs whose
+    /// Its leaf, and its values without a gradient of their own, if these are of this `kind`: for a product whose
     /// gradient goes to the leaf by itself. `None`: it is frozen, or cast where it is used.
     pub(super) fn for_product(&self, kind: Kind) -> Result<Option<(&Tensor, Tensor)>, TchError> {
         Ok(match self {

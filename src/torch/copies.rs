@@ -52,9 +52,9 @@ pub struct Known<'a> {
     pub gradient: &'a Tensor,
 }
 
-/// `loss` as it is, with `gradient / divisor` as its gradient with respect to `hidden` and to `leaf`: for gradients that
-/// are computed along with the loss. That of `hidden` may be of any floating type and arrives in the type of `hidden`;
-/// that of `leaf` is fp32. Where `direct`, the latter is added to the leaf's gradient at once, if it has one.
+/// `loss` as it is, with `gradient / divisor` as its gradient with respect to `hidden` and to `leaf`: for gradients
+/// that are computed along with the loss. That of `hidden` may be of any floating type and arrives in the type of
+/// `hidden`; that of `leaf` is fp32. Where `direct`, the latter is added to the leaf's gradient at once, if it has one.
 pub fn with_gradients(
     loss: &Tensor,
     hidden: Option<Known<'_>>,

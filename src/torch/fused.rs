@@ -99,7 +99,7 @@ pub fn gate_of_both(both: &Tensor, activation: Activation) -> Result<Tensor> {
     })
 }
 
-/// The cross entropy of each row of `scores` `[rows, vocabulary]` with `targets` (i64 `[rows]`): fp32 `[rows]`, in nats.
+/// The cross entropy of each row of `scores` `[rows, vocabulary]` with `targets` (i64 `[rows]`): fp32 `[rows]`, nats.
 /// If the `gradient` is wanted, the scores become the gradient of the losses' sum: softmax minus one-hot. Nothing is
 /// recorded.
 pub fn cross_entropy(scores: &mut Tensor, targets: &Tensor, gradient: bool) -> Result<Tensor> {
@@ -109,9 +109,9 @@ pub fn cross_entropy(scores: &mut Tensor, targets: &Tensor, gradient: bool) -> R
     })
 }
 
-/// `x · valuesᵀ + bias`. The gradient with respect to the weight goes to `leaf`, in fp32: if that has a gradient already,
-/// the product itself adds to it, and whoever waits for it (a reducer) is told; otherwise, and in a pass that returns
-/// gradients, it is returned to autograd. `values`: what is computed with, the leaf itself or its copy in the type of `x`.
+/// `x · valuesᵀ + bias`. The gradient with respect to the weight goes to `leaf`, in fp32: if that has a gradient, the
+/// product itself adds to it, and whoever waits for it (a reducer) is told; otherwise, and in a pass that returns
+/// gradients, it is returned to autograd. `values`: what is computed with, the leaf or its copy in the type of `x`.
 pub fn linear(x: &Tensor, leaf: &Tensor, values: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     made("compute linear layer", |out| {
         let bias = bias.map_or(ptr::null(), ffi::raw);

@@ -15,6 +15,7 @@ use std::{fmt, os::unix::process::CommandExt, process::Command, str::FromStr};
 use crate::{
     cloud::ssm::{Parameter, Secret},
     error::{Error, Kind, Result},
+    report,
 };
 
 /// Whose values decide which code runs, or are settings of ours, which have parameters of their own.
@@ -121,6 +122,8 @@ pub fn start_anew(variables: &[(String, Secret)]) -> Error {
     let mut command = Command::new(program);
     command.args(std::env::args_os().skip(1));
     command.envs(variables.iter().map(|(name, value)| (name, value.reveal())));
+    // What has been said is on its way by a thread that would be gone.
+    report::flush();
     failed(command.exec())
 }
 

@@ -16,6 +16,9 @@ use super::{
     text,
 };
 
+/// Overrides: keys and values.
+type Pairs = Vec<(String, String)>;
+
 /// The effect of changing a setting of an existing run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
@@ -141,7 +144,7 @@ pub fn names(overrides: &[(String, String)], key: &str) -> Result<bool, ConfigEr
 ///
 /// # Errors
 /// On unknown keys.
-pub fn kept(overrides: &[(String, String)]) -> Result<(Vec<(String, String)>, Vec<(String, String)>), ConfigError> {
+pub fn kept(overrides: &[(String, String)]) -> Result<(Pairs, Pairs), ConfigError> {
     let mut raw = Raw::defaults()?;
     for (key, value) in overrides {
         raw.add_set(key, value)?;

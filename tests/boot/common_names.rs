@@ -20,7 +20,9 @@ fn common_names_are_understood_and_parameters_become_variables_when_asked() {
     let (metadata, model) = (MetadataServer::start(), lab.path("model.json").display().to_string());
     let config = plain_config(&model);
     let queue = moto.json("sqs", "AmazonSQS.CreateQueue", &serde_json::json!({"QueueName": "common"}));
-    let queue = queue["QueueUrl"].as_str().expect("its URL").to_owned();
+    // moto names itself without its port.
+    let path = queue["QueueUrl"].as_str().expect("its URL").splitn(4, '/').last().expect("a path");
+    let queue = format!("{}/{path}", moto.endpoint());
     put_parameters(
         &moto,
         &[

@@ -299,7 +299,7 @@ fn points_of_the_source() -> BTreeSet<String> {
 }
 
 /// Points at which nothing is half done: tests let a node wait, differ or compute wrongly there.
-const SWITCHES: [&str; 10] = [
+const SWITCHES: [&str; 11] = [
     "node.kind",
     "node.patient",
     "node.version",
@@ -308,6 +308,7 @@ const SWITCHES: [&str; 10] = [
     "seat.before-beat",
     "shelf.lends",
     "worker.hasty",
+    "worker.late",
     "worker.loaded",
     "worker.state",
 ];

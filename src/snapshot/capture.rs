@@ -87,5 +87,5 @@ fn open(slot: &SharedImage, base: u64, len: u64) -> Result<Pinned<ImageChunk>> {
     let end = base.checked_add(len).ok_or_else(|| Error::new(Kind::Bug, "an image beyond the end of memory"))?;
     mapping.prefault(base..end).map_err(memory)?;
     let whole = mapping.chunks(&[std::ops::Range { start: base, end }]).map_err(memory)?.pop();
-    Ok(Pinned::new(whole.ok_or_else(|| Error::new(Kind::Bug, "empty image"))?)?)
+    Ok(Pinned::new(whole.ok_or_else(|| Error::new(Kind::Bug, "empty image"))?))
 }

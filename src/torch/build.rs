@@ -12,8 +12,8 @@ use std::{
 /// The LibTorch that `tch` 0.24 is made for; the shim uses this version's class layouts.
 const TORCH_VERSION: &str = "2.11.0";
 
-const SOURCES: [&str; 7] =
-    ["defaults.cpp", "group.cpp", "math.cpp", "copies.cpp", "device.cpp", "clock.cpp", "signals.cpp"];
+const SOURCES: [&str; 8] =
+    ["defaults.cpp", "group.cpp", "math.cpp", "copies.cpp", "device.cpp", "clock.cpp", "transfer.cpp", "signals.cpp"];
 
 fn main() {
     println!("cargo::rerun-if-env-changed=LIBTORCH");

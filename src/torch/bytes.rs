@@ -42,24 +42,40 @@ pub fn store_bytes(tensor: &Tensor, bytes: &mut [u8]) -> Result<()> {
 pub struct Pinned<M: AsMut<[u8]>> {
     // Boxed, so that memory within `M` itself stays where it was pinned.
     memory: Box<M>,
-    start: Option<*mut u8>,
+    /// The beginnings of the pieces that are pinned.
+    pieces: Vec<*mut u8>,
 }
 
-// SAFETY: the pointer is only an address to be given back to the driver, which may be done on any thread.
+/// The longest piece of memory that is pinned at once: some drivers refuse to pin half a TiB by one call.
+const PIECE: usize = 64 << 30;
+
+// SAFETY: the pointers are only addresses to be given back to the driver, which may be done on any thread.
 unsafe impl<M: AsMut<[u8]> + Send> Send for Pinned<M> {}
 
 impl<M: AsMut<[u8]>> Pinned<M> {
-    /// Pins `memory`.
-    pub fn new(memory: M) -> Result<Self> {
-        let mut memory = Box::new(memory);
-        let bytes = (*memory).as_mut();
-        if bytes.is_empty() {
-            return Ok(Self { memory, start: None });
+    /// Pins `memory`. If the driver refuses, the memory is left as it is: copies to it work, and are slower.
+    pub fn new(memory: M) -> Self {
+        let mut pinned = Self { memory: Box::new(memory), pieces: Vec::new() };
+        let bytes = (*pinned.memory).as_mut();
+        let len = bytes.len();
+        for piece in bytes.chunks_mut(PIECE) {
+            let (start, bytes) = (piece.as_mut_ptr(), piece.len() as u64);
+            // SAFETY: the range is alive; pinning does not change its content.
+            if let Err(error) = check("pin host memory", unsafe { ffi::trn_pin(start.cast(), bytes) }) {
+                tracing::warn!(%error, bytes = len, "host memory is not pinned: copies of the state will be slower");
+                pinned.unpin();
+                break;
+            }
+            pinned.pieces.push(start);
         }
-        let (start, len) = (bytes.as_mut_ptr(), bytes.len() as u64);
-        // SAFETY: the range is alive; pinning does not change its content.
-        check("pin host memory", unsafe { ffi::trn_pin(start.cast(), len) })?;
-        Ok(Self { memory, start: Some(start) })
+        pinned
+    }
+
+    fn unpin(&mut self) {
+        for start in self.pieces.drain(..) {
+            // SAFETY: pinned in `new` and unpinned once, before the memory is freed.
+            unsafe { ffi::trn_unpin(start.cast()) };
+        }
     }
 }
 
@@ -71,10 +87,7 @@ impl<M: AsMut<[u8]>> AsMut<[u8]> for Pinned<M> {
 
 impl<M: AsMut<[u8]>> Drop for Pinned<M> {
     fn drop(&mut self) {
-        if let Some(start) = self.start {
-            // SAFETY: pinned in `new` and unpinned once, before the memory is freed.
-            unsafe { ffi::trn_unpin(start.cast()) };
-        }
+        self.unpin();
     }
 }
 
@@ -126,9 +139,9 @@ mod tests {
 
     #[test]
     fn pinned_memory_is_the_given_memory() {
-        let mut pinned = Pinned::new(vec![7_u8; 4096]).unwrap();
+        let mut pinned = Pinned::new(vec![7_u8; 4096]);
         pinned.as_mut()[1] = 9;
         assert_eq!(pinned.as_mut()[..3], [7, 9, 7]);
-        assert!(Pinned::new(Vec::new()).unwrap().as_mut().is_empty());
+        assert!(Pinned::new(Vec::new()).as_mut().is_empty());
     }
 }

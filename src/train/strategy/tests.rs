@@ -88,6 +88,7 @@ fn train(case: &Case, group: Option<ProcessGroup>) -> Trained {
         OptimizerConfig { lr: 1e-2, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: case.clip };
     let mut strategy = layout.connect(Peers::new(group)).unwrap();
     let (mut losses, mut norms, mut gradient) = (Vec::new(), Vec::new(), Vec::new());
+    let mut brake = Brake::new();
     let passes = Spread::new(BATCH, world, case.most).unwrap().passes(rank);
     for step in 1..=STEPS {
         let mut sum = 0.0;
@@ -104,7 +105,7 @@ fn train(case: &Case, group: Option<ProcessGroup>) -> Trained {
             gradient = own_gradient(case, model.as_ref(), rank, world);
         }
         losses.push(sum);
-        norms.push(to_f64(&strategy.step(&optimizer, Step(step), 1e-2).unwrap()).unwrap());
+        norms.push(to_f64(&strategy.step(&optimizer, Step(step), 1e-2, &mut brake).unwrap()).unwrap());
         strategy.zero_grad().unwrap();
     }
     strategy.settle().unwrap();

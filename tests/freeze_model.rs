@@ -8,7 +8,10 @@
 //! The real code decides what a rank does at a boundary: each member holds the state of a [`StepGate`]. The two levels
 //! above it, the agents, are rules alone.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
+};
 
 use trainer::{
     ids::Step,
@@ -171,7 +174,8 @@ impl Floor {
         // All others have started this step, so it ends.
         let finished = self.hands.iter().all(|other| other.started >= hand.started);
         if !hand.frozen && finished && hand.started < LAST {
-            let Boundary { save, proceed } = Self::gate(hand).enter(Step(hand.started.into()));
+            let entered = Self::gate(hand).enter(Step(hand.started.into()), || Ok::<(), Infallible>(()));
+            let Ok(Boundary { save, proceed }) = entered;
             let mut world = self.clone();
             if save.is_some() {
                 saw.push(Sight::InPassing);

@@ -52,6 +52,37 @@ fn two_undisturbed_runs_are_equal_in_every_digit() {
     lab.expect_as_undisturbed("again", &[&life]);
 }
 
+/// As on a GPU, where the numbers of a step are there when the next one has been launched.
+const LATE: &str = "worker.late=error";
+
+#[test]
+fn a_run_whose_reports_are_late_is_exact_and_nobody_hears_of_a_state_before_its_step() {
+    let lab = Lab::on_files();
+    let life = lab.run("late").faults(LATE).finish().expect_code(0);
+    lab.expect_as_undisturbed("late", &[&life]);
+    let mut last = 0;
+    for event in &life.events {
+        match event.kind() {
+            "step" => {
+                assert_eq!(event.step(), Some(last + 1), "{}", life.story());
+                last += 1;
+            }
+            "checkpoint" => assert!(event.step() <= Some(last), "{}", life.story()),
+            _ => {}
+        }
+    }
+    assert_eq!(last, STEPS);
+
+    let running = lab.run("asked").args(&["--set", "train.steps=1000000"]).faults(LATE).start();
+    running.wait_for_step("step", EVERY + 1);
+    running.signal(Signal::TERM);
+    let life = running.finish().expect_code(75);
+    let (interrupted, steps) = (life.last("interrupted"), life.of_kind("step"));
+    assert_eq!(interrupted.value["lost_steps"], 0, "{}", life.story());
+    assert_eq!(life.committed().last().copied(), interrupted.step(), "{}", life.story());
+    assert_eq!(steps.last().and_then(|event| event.step()), interrupted.step(), "{}", life.story());
+}
+
 fn asked_to_stop(signal: Signal) {
     let lab = Lab::on_files();
     let running = lab.run("asked").hold_after(EVERY + 1).start();

@@ -299,7 +299,7 @@ fn points_of_the_source() -> BTreeSet<String> {
 }
 
 /// Points at which nothing is half done: tests let a node wait, differ, compute wrongly or reach a cap there.
-const SWITCHES: [&str; 11] = [
+const SWITCHES: [&str; 12] = [
     "node.kind",
     "node.patient",
     "node.version",
@@ -309,6 +309,7 @@ const SWITCHES: [&str; 11] = [
     "seat.before-beat",
     "shelf.lends",
     "worker.hasty",
+    "worker.late",
     "worker.loaded",
     "worker.state",
 ];

@@ -121,6 +121,7 @@ pub fn config() -> RunConfig {
                 device: crate::config::Device::Auto,
                 bucket_mib: 25,
                 mixed: false,
+                share_device: false,
                 peak_tflops: None,
             },
         },

@@ -48,6 +48,7 @@ pub fn effect(key: &str) -> Effect {
         | "parallel.device"
         | "parallel.mixed"
         | "train.activations"
+        | "parallel.share_device"
         | "parallel.peak_tflops"
         | "data.validation_every"
         | "train.early_stopping.patience"
@@ -206,7 +207,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let EarlyStopping { patience, min_delta } = early_stopping.unwrap_or(EarlyStopping { patience: 0, min_delta: 0.0 });
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
-    let ParallelConfig { strategy, nproc_per_node, device, bucket_mib, mixed, peak_tflops } = parallel;
+    let ParallelConfig { strategy, nproc_per_node, device, bucket_mib, mixed, share_device, peak_tflops } = parallel;
     let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, slots, price_per_gib_month } =
         checkpoint;
     let NoticeConfig {
@@ -275,6 +276,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("parallel.device", word(name_of(DEVICES, *device))),
         ("parallel.bucket_mib", whole(*bucket_mib)),
         ("parallel.mixed", Value::Boolean(*mixed)),
+        ("parallel.share_device", Value::Boolean(*share_device)),
         ("parallel.peak_tflops", peak_tflops.map_or_else(|| word("auto"), whole)),
         ("checkpoint.every", word(&text::format_cadence(*every))),
         ("checkpoint.scrub", word(&scrub.map_or_else(|| "never".into(), text::format_duration))),

@@ -117,6 +117,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "parallel.nproc_per_node",
             "parallel.device",
             "parallel.mixed",
+            "parallel.share_device",
             "parallel.peak_tflops",
             "checkpoint.every",
             "checkpoint.scrub",

@@ -80,6 +80,7 @@ mod tests {
             device: Device::Auto,
             bucket_mib: 25,
             mixed: false,
+            share_device: false,
             peak_tflops: None,
         };
         let machine = |gpus| Machine { cores: 8, gpus };

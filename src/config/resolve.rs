@@ -471,6 +471,7 @@ fn parallel(raw: &Raw) -> Result<ParallelConfig, ConfigError> {
         device: raw.choice("parallel.device", DEVICES)?,
         bucket_mib: raw.whole("parallel.bucket_mib", 1..=65_536)?,
         mixed: raw.flag("parallel.mixed")?,
+        share_device: raw.flag("parallel.share_device")?,
         peak_tflops: raw.word_or_whole("parallel.peak_tflops", "auto", 1..=1_000_000)?,
     })
 }

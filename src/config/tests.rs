@@ -129,6 +129,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                     device: crate::config::Device::Auto,
                     bucket_mib: 25,
                     mixed: false,
+                    share_device: false,
                     peak_tflops: None,
                 },
             },

@@ -282,6 +282,9 @@ pub struct ParallelConfig {
     /// Whether the nodes of one generation may compute with devices of several kinds. Stored only if they may.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub mixed: bool,
+    /// Whether workers may share GPUs, over Gloo: for tests. Stored only if they may.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub share_device: bool,
     /// The peak of one device at the run's precision, TFLOP/s; `None`: that of the device's kind, where it is known.
     /// Stored only if it was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]

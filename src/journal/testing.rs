@@ -59,6 +59,7 @@ pub(super) fn config() -> RunConfig {
                 device: crate::config::Device::Auto,
                 bucket_mib: 25,
                 mixed: false,
+                share_device: false,
                 peak_tflops: None,
             },
         },

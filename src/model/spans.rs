@@ -78,7 +78,7 @@ impl Spans {
             batch += 1;
         }
         if several {
-            let places = Tensor::f_from_slice(&self.places).and_then(|places| places.f_to_device(device));
+            let places = Tensor::f_from_slice(&self.places).and_then(|places| upload(&places, device));
             self.packed = Some(Packed { batch, len, places: places.doing("move positions to the device")? });
         }
         Ok(())
@@ -125,6 +125,11 @@ impl Spans {
     }
 }
 
+/// On the device, for what is computed there from here on.
+fn upload(places: &Tensor, device: Device) -> Result<Tensor, TchError> {
+    crate::torch::upload(places, device).map_err(|error| TchError::Torch(error.to_string()))
+}
+
 /// The next tokens of a batch, and the positions where they count.
 #[derive(Debug)]
 pub struct Targets {
@@ -158,7 +163,7 @@ impl Targets {
         if rows.len() as i64 == all {
             return Ok(Self::all(ids));
         }
-        let places = Tensor::f_from_slice(rows).and_then(|places| places.f_to_device(ids.device()));
+        let places = Tensor::f_from_slice(rows).and_then(|places| upload(&places, ids.device()));
         let places = places.doing("move targets to the device")?;
         Ok(Self { ids, rows: Some(places), count: rows.len() as u64 })
     }

@@ -139,7 +139,7 @@ fn open(slot: &SharedImage, ranges: &[Range<u64>], pages: &[Range<u64>]) -> Resu
     let mapping = slot.map().map_err(memory)?;
     let pin = |pages: &Range<u64>| -> Result<Pinned<Pages>> {
         mapping.prefault(pages.clone()).map_err(memory)?;
-        Ok(Pinned::new(mapping.pages(pages.clone()).map_err(memory)?)?)
+        Ok(Pinned::new(mapping.pages(pages.clone()).map_err(memory)?))
     };
     let pinned = pages.iter().map(pin).collect::<Result<_>>()?;
     Ok(Slot { ranges: Some(mapping.chunks(ranges).map_err(memory)?), _pinned: pinned })

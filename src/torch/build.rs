@@ -12,8 +12,17 @@ use std::{
 /// The LibTorch that `tch` 0.24 is made for; the shim uses this version's class layouts.
 const TORCH_VERSION: &str = "2.11.0";
 
-const SOURCES: [&str; 8] =
-    ["defaults.cpp", "group.cpp", "math.cpp", "copies.cpp", "fused.cpp", "device.cpp", "clock.cpp", "signals.cpp"];
+const SOURCES: [&str; 9] = [
+    "defaults.cpp",
+    "group.cpp",
+    "math.cpp",
+    "copies.cpp",
+    "fused.cpp",
+    "device.cpp",
+    "clock.cpp",
+    "transfer.cpp",
+    "signals.cpp",
+];
 
 /// The levels of instructions that `kernels.cpp` is compiled for: the name of its table, and the compiler's flags.
 const LEVELS: [(&str, &[&str]); 3] =

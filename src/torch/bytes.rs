@@ -49,27 +49,54 @@ pub unsafe trait Mapped {
 /// Host memory whose pages a GPU may copy to and from by itself, while this value exists. Without CUDA the memory is
 /// left as it is. Two of these in one process must not share a page.
 #[derive(Debug)]
-pub struct Pinned<M: Mapped>(M);
+pub struct Pinned<M: Mapped> {
+    memory: M,
+    /// The beginnings of the pieces that are pinned.
+    pieces: Vec<*mut u8>,
+}
+
+/// The longest piece of memory that is pinned at once: some drivers refuse to pin half a TiB by one call.
+const PIECE: usize = 64 << 30;
+
+// SAFETY: the pointers are only addresses to be given back to the driver, which may be done on any thread.
+unsafe impl<M: Mapped + Send> Send for Pinned<M> {}
 
 impl<M: Mapped> Pinned<M> {
-    /// Pins `memory`.
-    pub fn new(memory: M) -> Result<Self> {
+    /// Pins `memory`. If the driver refuses, the memory is left as it is: copies to it work, and are slower.
+    pub fn new(memory: M) -> Self {
         let (start, len) = memory.memory();
-        if len > 0 {
+        let mut pinned = Self { memory, pieces: Vec::new() };
+        for offset in (0..len).step_by(PIECE) {
+            // SAFETY: the offset is within the range.
+            let piece = unsafe { start.add(offset) };
+            let bytes = (len - offset).min(PIECE) as u64;
             // SAFETY: the range is mapped; pinning does not change its content.
-            check("pin host memory", unsafe { ffi::trn_pin(start.cast(), len as u64) })?;
+            if let Err(error) = check("pin host memory", unsafe { ffi::trn_pin(piece.cast(), bytes) }) {
+                tracing::warn!(%error, bytes = len, "host memory is not pinned: copies of the state will be slower");
+                pinned.unpin();
+                break;
+            }
+            pinned.pieces.push(piece);
         }
-        Ok(Self(memory))
+        pinned
+    }
+
+    /// What is pinned.
+    pub fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    fn unpin(&mut self) {
+        for start in self.pieces.drain(..) {
+            // SAFETY: pinned in `new` and unpinned once, before the memory is unmapped.
+            unsafe { ffi::trn_unpin(start.cast()) };
+        }
     }
 }
 
 impl<M: Mapped> Drop for Pinned<M> {
     fn drop(&mut self) {
-        let (start, len) = self.0.memory();
-        if len > 0 {
-            // SAFETY: pinned in `new` and unpinned once, before the memory is unmapped.
-            unsafe { ffi::trn_unpin(start.cast()) };
-        }
+        self.unpin();
     }
 }
 
@@ -139,8 +166,8 @@ mod tests {
     #[test]
     fn memory_can_be_pinned_and_pinned_again() {
         for len in [0, 4096, 4096] {
-            let pinned = Pinned::new(Page::of(len)).unwrap();
-            assert_eq!(pinned.0.0.iter().filter(|byte| **byte == 7).count(), len, "its content stays");
+            let pinned = Pinned::new(Page::of(len));
+            assert_eq!(pinned.memory().0.iter().filter(|byte| **byte == 7).count(), len, "its content stays");
         }
     }
 }

@@ -76,6 +76,13 @@ impl Drop for Clock {
     }
 }
 
+/// Makes it an error that the host waits for a GPU in any operation of this process, or no longer. Without a GPU
+/// nothing waits.
+pub fn forbid_waits(on: bool) -> Result<()> {
+    // SAFETY: takes a flag.
+    check("forbid waits", unsafe { ffi::trn_forbid_waits(on.into()) })
+}
+
 /// Memory of a GPU, bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]

@@ -20,7 +20,16 @@ macro_rules! opaque {
         }
     )* };
 }
-opaque!(StoreHandle, GroupHandle, PendingHandle, ReducingHandle, ReducerHandle, MarkHandle, ClockHandle);
+opaque!(
+    StoreHandle,
+    GroupHandle,
+    PendingHandle,
+    ReducingHandle,
+    ReducerHandle,
+    MarkHandle,
+    ClockHandle,
+    ReadbackHandle
+);
 
 #[repr(C)]
 pub(super) struct Facts {
@@ -202,8 +211,19 @@ unsafe extern "C" {
     pub(super) fn trn_clock_follow(clock: *mut ClockHandle, leaves: *const *const AtTensor, count: usize) -> i32;
     pub(super) fn trn_clock_watch(clock: *mut ClockHandle, index: usize) -> i32;
     pub(super) fn trn_clock_noted(clock: *const ClockHandle, out: *mut i32) -> i32;
+    pub(super) fn trn_forbid_waits(on: i32) -> i32;
     pub(super) fn trn_device_memory(index: i32, out: *mut DeviceMemory) -> i32;
     pub(super) fn trn_device_name(index: i32, name: *mut c_char, room: usize, capability: *mut i32) -> i32;
+    pub(super) fn trn_readback_new(device: i32, count: usize, out: *mut *mut ReadbackHandle) -> i32;
+    pub(super) fn trn_readback_free(readback: *mut ReadbackHandle) -> i32;
+    pub(super) fn trn_readback_start(
+        readback: *mut ReadbackHandle,
+        scalars: *const *const AtTensor,
+        count: usize,
+    ) -> i32;
+    pub(super) fn trn_readback_wait(readback: *const ReadbackHandle, out: *mut f64, count: usize) -> i32;
+    pub(super) fn trn_pinned(tensor: *const AtTensor, out: *mut *mut AtTensor) -> i32;
+    pub(super) fn trn_upload(tensor: *const AtTensor, device: i32, out: *mut *mut AtTensor) -> i32;
     pub(super) fn trn_pin(memory: *mut c_void, bytes: u64) -> i32;
     pub(super) fn trn_unpin(memory: *mut c_void) -> i32;
 }

@@ -30,9 +30,10 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// The one that fits tensors on `device`.
-    pub fn for_device(device: Device) -> Self {
-        if matches!(device, Device::Cuda(_)) { Self::Nccl } else { Self::Gloo }
+    /// The one that fits tensors on `device`. NCCL refuses ranks that have one device together (`shared`); Gloo moves
+    /// tensors through the host's memory.
+    pub fn for_device(device: Device, shared: bool) -> Self {
+        if matches!(device, Device::Cuda(_)) && !shared { Self::Nccl } else { Self::Gloo }
     }
 }
 
@@ -494,7 +495,8 @@ pub(crate) mod tests {
         assert!(matches!(error, TorchError::Peer { .. }), "nobody else came: {error}");
         assert!(matches!(form(Backend::Gloo, 2, Device::Cpu), TorchError::Number { .. }));
         assert!(matches!(form(Backend::Nccl, 0, Device::Cpu), TorchError::NoNccl));
-        assert_eq!(Backend::for_device(Device::Cuda(0)), Backend::Nccl);
+        assert_eq!(Backend::for_device(Device::Cuda(0), false), Backend::Nccl);
+        assert_eq!(Backend::for_device(Device::Cuda(0), true), Backend::Gloo);
     }
 
     #[test]

@@ -25,6 +25,7 @@ mod optim;
 mod reducer;
 mod runtime;
 mod signals;
+mod transfer;
 
 use crate::{
     error::{Explain, Kind},
@@ -32,7 +33,7 @@ use crate::{
 };
 
 pub use bytes::{Mapped, Pinned, byte_len, load_bytes, store_bytes};
-pub use clock::{Clock, DeviceKind, DeviceMemory, device_kind, device_memory};
+pub use clock::{Clock, DeviceKind, DeviceMemory, device_kind, device_memory, forbid_waits};
 pub use copier::{Copied, CopyJob, CopyTicket, HostCopier};
 pub use copies::{Known, copy_at_use, copy_lookup, leaf_like, with_gradients};
 #[cfg(test)]
@@ -45,6 +46,7 @@ pub use runtime::{
     set_rng_state,
 };
 pub use signals::release_signals;
+pub use transfer::{Readback, pinned, telling, upload};
 
 /// Shorthand for this module's results.
 pub type Result<T, E = TorchError> = std::result::Result<T, E>;

@@ -38,7 +38,8 @@ pub struct Moments<'a> {
 ///
 /// `step` is the step being made, counted from 1, and corrects the bias of the moments. `grad_scale` (one `f32` on the
 /// parameters' device) *divides* the gradients first, so that clipping costs no pass of its own; the gradients hold the
-/// divided values afterwards. All tensors contiguous. The result is the same to the last bit for the same thread count.
+/// divided values afterwards. If it is not a number, nothing is changed. All tensors contiguous. The result is the same
+/// to the last bit for the same thread count.
 pub fn adamw_step(
     params: &[Tensor],
     grads: &[Tensor],

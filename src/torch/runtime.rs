@@ -80,20 +80,27 @@ pub fn device_count() -> Result<u32> {
 }
 
 /// The device on which the worker with this rank on its node computes, made current for the calling thread: its GPU if
-/// there are any, otherwise the CPU. An error if there are GPUs, but fewer than workers.
-pub fn pick_device(local_rank: LocalRank) -> Result<Device> {
+/// there are any, otherwise the CPU. An error if there are GPUs, but fewer than workers, unless they are `shared`.
+pub fn pick_device(local_rank: LocalRank, shared: bool) -> Result<Device> {
     let devices = device_count()?;
     if devices == 0 {
         return Ok(Device::Cpu);
     }
-    let local_rank = local_rank.get();
-    if local_rank >= devices {
-        return Err(TorchError::NoDevice { local_rank, devices });
-    }
-    let device = Device::Cuda(local_rank as usize);
+    let device = Device::Cuda(gpu_of(local_rank, devices, shared)? as usize);
     // SAFETY: takes a number.
     check("use device", unsafe { ffi::trn_use_device(ffi::device_index(device)?) })?;
     Ok(device)
+}
+
+/// The number of the GPU of the worker with this rank on its node.
+fn gpu_of(local_rank: LocalRank, devices: u32, shared: bool) -> Result<u32> {
+    match local_rank.get() {
+        local_rank if local_rank < devices => Ok(local_rank),
+        local_rank => match local_rank.checked_rem(devices).filter(|_| shared) {
+            Some(device) => Ok(device),
+            None => Err(TorchError::NoDevice { local_rank, devices }),
+        },
+    }
 }
 
 #[cfg(test)]
@@ -172,11 +179,20 @@ mod tests {
     }
 
     #[test]
+    fn workers_share_gpus_only_if_they_may() {
+        let gpus = |shared| [0, 1, 2, 5].map(|rank| gpu_of(LocalRank(rank), 2, shared).ok());
+        assert_eq!(gpus(false), [Some(0), Some(1), None, None]);
+        assert_eq!(gpus(true), [Some(0), Some(1), Some(0), Some(1)]);
+        assert!(matches!(gpu_of(LocalRank(2), 2, false), Err(TorchError::NoDevice { local_rank: 2, devices: 2 })));
+        assert!(gpu_of(LocalRank(0), 0, true).is_err());
+    }
+
+    #[test]
     fn a_worker_gets_its_gpu_or_else_the_cpu() {
         let devices = device_count().unwrap();
-        let device = pick_device(LocalRank(0)).unwrap();
+        let device = pick_device(LocalRank(0), false).unwrap();
         assert_eq!(device, if devices == 0 { Device::Cpu } else { Device::Cuda(0) });
-        match pick_device(LocalRank(devices)) {
+        match pick_device(LocalRank(devices), false) {
             Ok(device) => assert_eq!((devices, device), (0, Device::Cpu)),
             Err(error) => assert!(devices > 0 && matches!(error, TorchError::NoDevice { .. }), "{error}"),
         }

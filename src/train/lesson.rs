@@ -71,7 +71,7 @@ pub trait Lesson {
     fn held_out(&self) -> u64;
 
     /// Targets of the samples at these positions of the run's cursor, whichever ranks compute them.
-    fn targets(&self, positions: Range<u64>) -> Result<u64>;
+    fn targets(&mut self, positions: Range<u64>) -> Result<u64>;
 
     /// The error of a step whose samples have no target at all.
     fn nothing_to_learn(&self, step: Step, samples: u32) -> Error;
@@ -154,7 +154,7 @@ impl Lesson for Language {
         self.batches.held_out()
     }
 
-    fn targets(&self, positions: Range<u64>) -> Result<u64> {
+    fn targets(&mut self, positions: Range<u64>) -> Result<u64> {
         Ok(self.batches.targets(positions)?)
     }
 
@@ -238,7 +238,7 @@ impl Lesson for Own {
         self.learner.held_out()
     }
 
-    fn targets(&self, positions: Range<u64>) -> Result<u64> {
+    fn targets(&mut self, positions: Range<u64>) -> Result<u64> {
         Ok(self.learner.targets(positions)?)
     }
 

@@ -26,6 +26,7 @@ mod batch;
 mod lesson;
 mod optim;
 mod partition;
+mod reader;
 mod schedule;
 pub mod state;
 mod step;

@@ -1,5 +1,7 @@
 //! AdamW with explicit moments: one fused pass over weights, gradients and moments, clipping folded in.
 //!
+//! No update is made from a gradient that is not finite, nor any after it: see [`Brake`].
+//!
 //! The update is that of Loshchilov and Hutter (arXiv 1711.05101) as `torch.optim.AdamW(fused=True)` computes it.
 //! Weight decay applies to matrices (two or more dimensions), not to norms. Moments are plain tensors, so that a
 //! checkpoint can hold them. It works element by element, so parts of tensors may be updated apart from one another.
@@ -63,7 +65,8 @@ impl Update {
         Self { groups: groups.into_iter().filter(|group| !group.weights.is_empty()).collect() }
     }
 
-    /// The `step`-th update of the run. `scale`, if any, divides the gradients first.
+    /// The `step`-th update of the run. `scale`, if any, divides the gradients first; nothing is changed if it is not a
+    /// number.
     pub fn apply(
         &self,
         config: &OptimizerConfig,
@@ -86,12 +89,41 @@ impl Update {
     }
 }
 
-/// The divisor of gradients with this 2-norm: max(1, norm / limit) clips without a pass of its own. `None`: no
-/// clipping.
-pub fn clip_scale(config: &OptimizerConfig, norm: &Tensor) -> Result<Option<Tensor>, TorchError> {
-    if config.grad_clip <= 0.0 {
-        return Ok(None);
+/// Stops all updates from the first gradient on that is not finite, on the device and without a host that waits: the
+/// weights and the moments stay those of the step before.
+///
+/// The gradient's norm is the same on every rank, so all ranks stop alike. A loss that is not finite makes the gradient
+/// so, too: see [`torch::telling`].
+#[derive(Debug)]
+pub struct Brake {
+    /// One, until it is not a number: a scalar on the device. `None`: no norm was seen yet.
+    sound: Option<Tensor>,
+}
+
+impl Brake {
+    /// Not pulled.
+    pub const fn new() -> Self {
+        Self { sound: None }
     }
-    let scale = norm.f_div_scalar(config.grad_clip).and_then(|scale| scale.f_clamp_min(1.0));
-    torch::tch_result("clip", scale).map(Some)
+
+    /// What gradients with this 2-norm are divided by: max(1, norm / limit) clips without a pass of its own, and 1 is
+    /// no clipping. Not a number, if this norm or one before it is not finite: then nothing may be updated.
+    pub fn scale(&mut self, config: &OptimizerConfig, norm: &Tensor) -> Result<Tensor, TorchError> {
+        let scale = || {
+            // 0 · x + 1 is 1 for every x that is finite.
+            let sound = norm.f_mul_scalar(0.0)?.f_add_scalar(1.0)?;
+            let sound = match &self.sound {
+                Some(before) => before.f_mul(&sound)?,
+                None => sound,
+            };
+            let scale = match config.grad_clip {
+                limit if limit > 0.0 => norm.f_div_scalar(limit)?.f_clamp_min(1.0)?.f_mul(&sound)?,
+                _ => sound.shallow_clone(),
+            };
+            Ok((sound, scale))
+        };
+        let (sound, scale) = torch::tch_result("clip", scale())?;
+        self.sound = Some(sound);
+        Ok(scale)
+    }
 }

@@ -7,6 +7,7 @@ use tch::{Device, Tensor};
 use super::{
     activations::Keeper,
     lesson::Lesson,
+    optim::Brake,
     schedule,
     state::State,
     strategy::{self, Layout, Peers, Strategy, stages},
@@ -72,6 +73,7 @@ impl Built {
             keeper: Keeper::new(train.activations, strategy.is_staged(), place.device.is_cuda(), blocks),
             strategy,
             timer,
+            brake: Brake::new(),
             validation_every: data.validation_every,
             validation_sequences: data.validation_sequences,
             train,
@@ -91,6 +93,7 @@ pub struct Training {
     strategy: Box<dyn Strategy>,
     keeper: Keeper,
     timer: Timer,
+    brake: Brake,
 }
 
 /// The result of a step's passes. The numbers are on the device: the caller chooses when to read them.
@@ -161,17 +164,18 @@ impl Training {
 
     /// The targets of `step` on all ranks: the same number on each of them, without asking the others. A step without
     /// any has no loss, and an update would only let weights decay: it is refused by all ranks alike.
-    fn targets(&self, step: Step) -> Result<u64> {
+    fn targets(&mut self, step: Step) -> Result<u64> {
         let global_batch = self.train.global_batch;
         let targets = self.lesson.targets(positions(step, global_batch, Rank(0), WorldSize(1)))?;
         if targets > 0 { Ok(targets) } else { Err(self.lesson.nothing_to_learn(step, global_batch)) }
     }
 
-    /// The update of `step` from its gradients, which are zero afterwards. The state changes here alone.
+    /// The update of `step` from its gradients, which are zero afterwards. The state changes here alone; not at all,
+    /// from the first loss or gradient on that is not finite on any rank.
     pub fn update(&mut self, step: Step) -> Result<Update> {
         let TrainConfig { schedule, optimizer, steps, .. } = &self.train;
         let lr = schedule::learning_rate(schedule, optimizer.lr, step, *steps);
-        let grad_norm = self.strategy.step(optimizer, step, lr)?;
+        let grad_norm = self.strategy.step(optimizer, step, lr, &mut self.brake)?;
         self.strategy.zero_grad()?;
         if self.keeper.is_searching()
             && let Some(memory) = torch::device_memory(self.place.device)?
@@ -244,7 +248,10 @@ fn pass_seed(seed: u64, first: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    mod ahead;
+    mod device;
     mod marked;
+    mod sound;
 
     use std::ops::RangeInclusive;
 
@@ -336,6 +343,7 @@ mod tests {
                 device: config::Device::Auto,
                 bucket_mib: 1,
                 mixed: false,
+                share_device: false,
                 peak_tflops: None,
             },
         }
@@ -343,9 +351,13 @@ mod tests {
 
     /// A rank before its first step: fresh, or with the state that `from` has.
     fn rank(run: &Run, group: Option<ProcessGroup>, from: Option<&[Bytes]>) -> (Training, State) {
+        rank_on(run, group, from, Device::Cpu)
+    }
+
+    fn rank_on(run: &Run, group: Option<ProcessGroup>, from: Option<&[Bytes]>, device: Device) -> (Training, State) {
         tch::set_num_threads(1);
         let (rank, world) = group.as_ref().map_or((Rank(0), WorldSize(1)), |group| (group.rank(), group.world()));
-        let place = Place { rank, world, device: Device::Cpu };
+        let place = Place { rank, world, device };
         let mut train = run.train.clone();
         if from.is_some() {
             // Values that are not loaded show.

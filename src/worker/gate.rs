@@ -136,18 +136,21 @@ impl StepGate {
         }
     }
 
-    /// Train loop: the boundary between `done` and the next step. Waits while frozen.
-    pub fn enter(&self, done: Step) -> Boundary {
+    /// Train loop: the boundary between `done` and the next step. Waits while frozen, and calls `waits` before that.
+    pub fn enter<E>(&self, done: Step, mut waits: impl FnMut() -> Result<(), E>) -> Result<Boundary, E> {
         loop {
+            if self.state.load(Ordering::Acquire) & FROZEN != 0 {
+                waits()?;
+            }
             let state = self.wait_until_thawed();
             let boundary = self.orders(done);
             if !boundary.proceed {
-                return Boundary { save: self.take_save(done), proceed: false };
+                return Ok(Boundary { save: self.take_save(done), proceed: false });
             }
             // Otherwise the loop was frozen since the look: it waits for the decision.
             if self.start(state, done.next()) {
                 self.take_save(done);
-                return boundary;
+                return Ok(boundary);
             }
         }
     }
@@ -235,21 +238,25 @@ mod tests {
 
     const GO: Boundary = Boundary { save: None, proceed: true };
 
+    fn enter(gate: &StepGate, done: Step) -> Boundary {
+        gate.enter(done, || Ok::<(), std::convert::Infallible>(())).unwrap()
+    }
+
     #[test]
     fn the_loop_runs_to_its_end_and_stops_there() {
         let gate = StepGate::new(Step(3), Step(5));
-        assert_eq!(gate.enter(Step(3)), GO);
-        assert_eq!(gate.enter(Step(4)), GO);
-        assert_eq!(gate.enter(Step(5)), Boundary { save: None, proceed: false });
+        assert_eq!(enter(&gate, Step(3)), GO);
+        assert_eq!(enter(&gate, Step(4)), GO);
+        assert_eq!(enter(&gate, Step(5)), Boundary { save: None, proceed: false });
     }
 
     #[test]
     fn an_order_for_the_step_being_run_is_obeyed_at_its_end() {
         let gate = StepGate::new(Step(0), Step(9));
-        gate.enter(Step(0));
+        enter(&gate, Step(0));
         assert_eq!(gate.freeze(), Step(1), "step 1 is started, not finished");
         gate.thaw(&[order(1, 1)], Some(Step(1)));
-        assert_eq!(gate.enter(Step(1)), Boundary { save: into(1), proceed: false });
+        assert_eq!(enter(&gate, Step(1)), Boundary { save: into(1), proceed: false });
         gate.thaw(&[order(1, 0)], None);
         assert_eq!(gate.wait_for_last_save(Step(1)).slot, 0);
     }
@@ -274,9 +281,9 @@ mod tests {
             over.recv().unwrap();
             gate
         };
-        assert_eq!(waits(3, |gate| gate.proceed(Step(3))).enter(Step(3)), Boundary { save: into(0), proceed: true });
+        assert_eq!(enter(&waits(3, |gate| gate.proceed(Step(3))), Step(3)), Boundary { save: into(0), proceed: true });
         let ended = waits(3, |gate| gate.thaw(&[order(3, 1)], Some(Step(3))));
-        assert_eq!(ended.enter(Step(3)), Boundary { save: into(1), proceed: false });
+        assert_eq!(enter(&ended, Step(3)), Boundary { save: into(1), proceed: false });
         // The last step is the end, and a word may come before the wait.
         StepGate::new(Step(3), Step(9)).wait_for_verdict(Step(9));
         let gate = StepGate::new(Step(3), Step(9));
@@ -285,13 +292,28 @@ mod tests {
     }
 
     #[test]
+    fn a_loop_says_that_it_waits_before_it_does_and_never_if_it_does_not() {
+        let gate = Arc::new(StepGate::new(Step(0), Step(9)));
+        let refused = |gate: &StepGate, done| gate.enter(done, || Err("it waits"));
+        assert_eq!(refused(&gate, Step(0)), Ok(GO));
+        assert_eq!(gate.freeze(), Step(1));
+        assert_eq!(refused(&gate, Step(1)), Err("it waits"));
+        let (waits, waiting) = mpsc::channel();
+        let other = Arc::clone(&gate);
+        let entering = std::thread::spawn(move || other.enter(Step(1), || waits.send(())));
+        waiting.recv().unwrap();
+        gate.thaw(&[order(1, 1)], None);
+        assert_eq!(entering.join().unwrap().unwrap().save, into(1));
+    }
+
+    #[test]
     fn new_orders_replace_old_ones() {
         let gate = StepGate::new(Step(0), Step(9));
         gate.thaw(&[order(2, 0)], None);
         gate.thaw(&[order(1, 1)], None);
-        gate.enter(Step(0));
-        assert_eq!(gate.enter(Step(1)).save, into(1));
-        assert_eq!(gate.enter(Step(2)).save, None);
+        enter(&gate, Step(0));
+        assert_eq!(enter(&gate, Step(1)).save, into(1));
+        assert_eq!(enter(&gate, Step(2)).save, None);
     }
 
     #[test]
@@ -300,21 +322,21 @@ mod tests {
             let gate = StepGate::new(Step(0), Step(9));
             let compare = true;
             gate.thaw(&[SaveOrder { mode, compare, ..order(1, 1) }, order(2, 0)], None);
-            gate.enter(Step(0));
-            assert_eq!(gate.enter(Step(1)).save, Some(Save { slot: 1, mode, compare }));
-            assert_eq!(gate.enter(Step(2)).save, into(0));
+            enter(&gate, Step(0));
+            assert_eq!(enter(&gate, Step(1)).save, Some(Save { slot: 1, mode, compare }));
+            assert_eq!(enter(&gate, Step(2)).save, into(0));
         }
     }
 
     #[test]
     fn a_frozen_loop_waits_for_the_decision_and_obeys_it() {
         let gate = Arc::new(StepGate::new(Step(0), Step(100)));
-        gate.enter(Step(0));
+        enter(&gate, Step(0));
         let started = gate.freeze();
         let (tell, told) = mpsc::channel();
         let looper = {
             let gate = Arc::clone(&gate);
-            std::thread::spawn(move || tell.send(gate.enter(Step(1))).unwrap())
+            std::thread::spawn(move || tell.send(enter(&gate, Step(1))).unwrap())
         };
         // The loop can't have entered step 2: it was frozen before.
         assert_eq!(started, Step(1));
@@ -326,13 +348,13 @@ mod tests {
     #[test]
     fn a_freeze_that_came_and_went_is_detected() {
         let gate = StepGate::new(Step(0), Step(9));
-        gate.enter(Step(0));
+        enter(&gate, Step(0));
         let state = gate.wait_until_thawed();
         assert_eq!(gate.orders(Step(1)), GO);
         assert_eq!(gate.freeze(), Step(1));
         gate.thaw(&[order(1, 0)], Some(Step(1)));
         assert!(!gate.start(state, Step(2)), "step 2 began though all had agreed on step 1");
-        assert_eq!(gate.enter(Step(1)), Boundary { save: into(0), proceed: false });
+        assert_eq!(enter(&gate, Step(1)), Boundary { save: into(0), proceed: false });
     }
 
     /// Three loops run freely; they are frozen at a random moment; the largest started step is one that all can still
@@ -348,7 +370,7 @@ mod tests {
                     std::thread::spawn(move || {
                         let mut done = Step(0);
                         loop {
-                            let boundary = gate.enter(done);
+                            let boundary = enter(&gate, done);
                             if !boundary.proceed {
                                 return (done, boundary.save);
                             }

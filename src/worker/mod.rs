@@ -15,8 +15,8 @@ pub mod task;
 
 mod link;
 mod patience;
+mod reports;
 mod start;
-mod usage;
 
 use std::{
     process::ExitCode,
@@ -29,17 +29,16 @@ use self::{
     gate::{Save, StepGate},
     link::Link,
     patience::{After, Patience},
-    usage::Gauge,
+    reports::Reports,
 };
 use crate::{
     error::{Error, Kind, Result},
     faults::{self, At},
     ids::{Fingerprint, Rank, Step},
-    protocol::{FromWorker, SaveOrder, StepReport},
+    protocol::{FromWorker, SaveOrder},
     shortage::is_out_of_memory,
     snapshot::{capture::Capture, mode::CaptureMode},
     task::TaskError,
-    torch,
     train::{HeldOut, Part, Pass, Training, Update, state::Replicated},
 };
 
@@ -83,7 +82,7 @@ struct Worker {
     /// What other ranks have, too; `None`: there is one rank.
     replicated: Option<Replicated>,
     patience: Patience,
-    gauge: Gauge,
+    reports: Reports,
     /// Time spent waiting for captures and fingerprints since the last step report.
     stalled: Duration,
     /// Whether measured states wait for the agent's verdict.
@@ -93,6 +92,11 @@ struct Worker {
 impl Worker {
     fn train(mut self, orders: link::Orders, saves: &[SaveOrder], measure: bool) -> Result<Never> {
         let ended = self.run(orders, saves, measure);
+        if ended.is_err() {
+            // The step before the error is finished, and whoever hears of the error has heard of that.
+            // If its numbers can't be read any more, the error itself is what counts.
+            let _ = self.report();
+        }
         // Its peers see its connections close when it is dropped: not before the agent has heard why. The process ends.
         std::mem::forget(self);
         ended
@@ -112,8 +116,9 @@ impl Worker {
         let (mut after, mut validated) = (After::Step, Duration::ZERO);
         loop {
             // Between two steps: the state is that of step `done`.
-            let boundary = gate.enter(self.done);
+            let boundary = gate.enter(self.done, || self.report())?;
             if let Some(save) = boundary.save {
+                self.report()?;
                 self.save(save)?;
                 after = after.max(After::Save);
             }
@@ -133,18 +138,19 @@ impl Worker {
             self.training.timer().lap(Part::Capture)?;
             let Update { grad_norm, lr } = self.training.update(step)?;
 
-            let (loss, grad_norm) = (torch::to_f64(&loss)?, torch::to_f64(&grad_norm)?);
-            let (step_s, split) = self.training.timer().split()?;
+            // A GPU has not come so far: the numbers of the step before are there now.
+            self.report()?;
+            let stalled = std::mem::take(&mut self.stalled);
+            let followed = (std::mem::replace(&mut after, After::Step), std::mem::take(&mut validated));
+            self.reports.finished(step, lr, [&loss, &grad_norm], stalled, followed)?;
             self.training.timer().begin()?;
-            let stall_s = std::mem::take(&mut self.stalled).as_secs_f64();
-            let usage = self.gauge.read(step)?;
-            let report = StepReport { step, loss, grad_norm, lr, step_s, stall_s, split, usage };
-            let took = report.step_s + std::mem::take(&mut validated).as_secs_f64();
-            self.patience.step(took, std::mem::replace(&mut after, After::Step));
-            self.link.tell(&FromWorker::Step(report));
+            if !self.reports.may_be_late() {
+                self.report()?;
+            }
             self.done = step;
             if self.training.evaluation_is_due(step) {
                 let begin = Instant::now();
+                self.report()?;
                 self.evaluate(&gate)?;
                 self.wait_for_verdict(&gate);
                 validated = begin.elapsed();
@@ -152,6 +158,7 @@ impl Worker {
                 after = After::Validation;
             }
         }
+        self.report()?;
         self.finish_capture()?;
         // Peers may be told to exit once all have stopped: by then they must have sent everything that this rank waits
         // for.
@@ -164,6 +171,14 @@ impl Worker {
             self.save(save)?;
             self.finish_capture()?;
         }
+    }
+
+    /// Reports the step whose report is due, if there is one: nobody may hear of a state before that.
+    fn report(&mut self) -> Result<()> {
+        let Some(due) = self.reports.due(self.training.timer())? else { return Ok(()) };
+        self.patience.step(due.took_s, due.after);
+        self.link.tell(&FromWorker::Step(due.report));
+        Ok(())
     }
 
     fn save(&mut self, Save { slot, mode, compare }: Save) -> Result<()> {

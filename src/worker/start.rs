@@ -17,8 +17,8 @@ use super::{
     Worker, device,
     link::{Link, Orders},
     patience::{self, Patience},
+    reports::{Reports, usage::Gauge},
     task::Task,
-    usage::Gauge,
 };
 use crate::{
     config::OwnTask,
@@ -53,7 +53,7 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
 
     // Rank 0 listens before it does anything slow, so that its peers need not try again.
     let served = if world.get() > 1 && rank == Rank(0) { Some(listen(link, store, limit)?) } else { None };
-    let place = Place { rank, world, device: device::pick(task.parallel.device, local_rank)? };
+    let place = Place { rank, world, device: device::pick(&task.parallel, task.train.precision, local_rank)? };
     // Weights that are to be loaded need not be drawn first. Adapters begin fresh, whatever they are added to.
     let draw = resume_step == Step(0) && (task.model.init_from.is_none() || task.model.lora.is_some());
     let lesson: Box<dyn Lesson> = match task.model.task() {
@@ -67,7 +67,11 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let (tensors, parameters) = (built.state.specs().to_vec(), built.state.trained());
     link.tell(&FromWorker::Built { tensors, device: device_name(place.device), parameters });
 
-    let group = if world.get() > 1 { Some(meet(orders, served, generation, place, limit)?) } else { None };
+    let group = if world.get() > 1 {
+        Some(meet(orders, served, generation, (place, task.parallel.share_device), limit)?)
+    } else {
+        None
+    };
     let capture = match orders.next() {
         ToWorker::Layout { slots, copies } => capture(slots, &copies, &built.state, place)?,
         other => return Err(out_of_turn(&other)),
@@ -108,8 +112,9 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let may_stop_early = task.train.early_stopping.is_some();
     let stalled = Duration::ZERO;
     let gauge = Gauge::new(place.device, task.train.precision, task.parallel.peak_tflops, done)?;
+    let reports = Reports::new(place.device, gauge)?;
     let worker =
-        Worker { link, rank, done, last, training, capture, replicated, patience, gauge, stalled, may_stop_early };
+        Worker { link, rank, done, last, training, capture, replicated, patience, reports, stalled, may_stop_early };
     Ok((worker, saves, measure))
 }
 
@@ -133,12 +138,13 @@ fn listen(link: &Link, at: SocketAddr, limit: Duration) -> Result<torch::Store> 
     Ok(store)
 }
 
-/// The group of all ranks. `served`: the store in which they meet, if it is this one's.
+/// The group of all ranks, which may have one GPU together (`shared`). `served`: the store in which they meet, if it is
+/// this one's.
 fn meet(
     orders: &mut Orders,
     served: Option<torch::Store>,
     generation: Generation,
-    place: Place,
+    (place, shared): (Place, bool),
     limit: Duration,
 ) -> Result<ProcessGroup> {
     let (host, port) = match orders.next() {
@@ -151,7 +157,7 @@ fn meet(
     };
     let Place { rank, world, device } = place;
     let prefix = format!("g{generation}");
-    let backend = Backend::for_device(device);
+    let backend = Backend::for_device(device, shared);
     let group = ProcessGroup::new(backend, &store, &prefix, rank, world, limit, device)?;
     // The first collective is part of forming: what fails in it, and the time that it takes, is no step's.
     group.barrier().context("meet all ranks")?;

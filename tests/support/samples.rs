@@ -79,6 +79,7 @@ pub fn config() -> RunConfig {
                 device: trainer::config::Device::Auto,
                 bucket_mib: 25,
                 mixed: false,
+                share_device: false,
                 peak_tflops: None,
             },
         },

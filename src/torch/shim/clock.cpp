@@ -13,6 +13,7 @@
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAEvent.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 #endif
@@ -147,6 +148,18 @@ int32_t trn_clock_watch(Clock* clock, size_t index) {
 // Whether a gradient has arrived since trn_clock_watch.
 int32_t trn_clock_noted(const Clock* clock, int32_t* out) {
   return guarded([&] { *out = clock->marks->noted.load(std::memory_order_relaxed) ? 1 : 0; });
+}
+
+// On a GPU: whether it is an error if the host waits for it in an operation of LibTorch. Waits for events are none.
+int32_t trn_forbid_waits(int32_t on) {
+  return guarded([&] {
+#ifdef TRAINER_CUDA
+    using Mode = c10::cuda::SyncDebugMode;
+    c10::cuda::warning_state().set_sync_debug_mode(on != 0 ? Mode::L_ERROR : Mode::L_DISABLED);
+#else
+    (void)on;
+#endif
+  });
 }
 
 // Of a GPU. Without CUDA an error.

@@ -20,6 +20,13 @@ const bool defaults_set = [] {
   set("TORCH_FR_BUFFER_SIZE", "0");
   // cuBLAS is deterministic only with a workspace of fixed size.
   set("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
+#ifdef TRAINER_CUDA
+  // Batches of several sizes leave holes in segments of a fixed size. Where a driver can't grow segments, LibTorch does
+  // without.
+  if (getenv("PYTORCH_CUDA_ALLOC_CONF") == nullptr) {
+    set("PYTORCH_ALLOC_CONF", "expandable_segments:True");
+  }
+#endif
   return true;
 }();
 

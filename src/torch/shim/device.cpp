@@ -5,7 +5,7 @@
 #ifdef TRAINER_CUDA
 #include <memory>
 
-#include <ATen/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDAEvent.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -27,7 +27,7 @@ struct Mark {
 #ifdef TRAINER_CUDA
   explicit Mark(at::DeviceIndex index) : device(index), event(cudaEventDisableTiming) {}
   at::DeviceIndex device;
-  at::cuda::CUDAEvent event;
+  c10::cuda::CUDAEvent event;
 #endif
 };
 
@@ -88,7 +88,7 @@ int32_t trn_copy_after(Mark* mark, const Run* runs, size_t count) {
           runs[i].target, runs[i].source, runs[i].bytes, cudaMemcpyDeviceToHost, stream.stream()));
     }
     // Blocking, not spinning: the thread leaves its core to computing threads.
-    at::cuda::CUDAEvent done(cudaEventDisableTiming | cudaEventBlockingSync);
+    c10::cuda::CUDAEvent done(cudaEventDisableTiming | cudaEventBlockingSync);
     done.record(stream);
     done.synchronize();
 #else

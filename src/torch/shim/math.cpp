@@ -117,12 +117,14 @@ int32_t trn_adamw_step(
             tensor->sizes(), " against ", params[i]->sizes(), "), or is not contiguous");
       }
     }
-    std::optional<at::Tensor> scale;
+    std::optional<at::Tensor> scale, found_inf;
     if (grad_scale != nullptr) {
       TORCH_CHECK(
           grad_scale->numel() == 1 && grad_scale->scalar_type() == at::kFloat && grad_scale->device() == device,
           "the gradient scale must be one 32-bit float on the parameters' device");
       scale = *grad_scale;
+      // The kernels leave everything as it is where this is one.
+      found_inf = at::ne(*grad_scale, *grad_scale).to(at::kFloat);
     }
     const auto steps = at::full({}, static_cast<double>(step), at::TensorOptions().dtype(at::kFloat).device(device));
     at::_fused_adamw_(
@@ -140,7 +142,7 @@ int32_t trn_adamw_step(
         /*amsgrad=*/false,
         /*maximize=*/false,
         scale,
-        /*found_inf=*/{});
+        found_inf);
   });
 }
 

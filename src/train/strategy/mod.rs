@@ -36,7 +36,7 @@ use std::{fmt, time::Duration};
 use tch::{Device, TchError, Tensor};
 
 pub use self::stages::Stages;
-use super::{optim::clip_scale, state::State};
+use super::{optim::Brake, state::State};
 use crate::{
     config::{self, OptimizerConfig, ParallelConfig, Precision},
     error::{Context, Error, Kind, Result},
@@ -100,12 +100,13 @@ pub trait Strategy: Stages + fmt::Debug {
     /// The `step`-th update of the run, from the reduced gradients. Returns the 2-norm of the whole gradient before
     /// clipping, as a scalar on the device: the caller chooses when to read it. The weights may be read after
     /// [`Strategy::settle`].
-    fn step(&mut self, config: &OptimizerConfig, step: Step, lr: f64) -> Result<Tensor, TorchError> {
+    /// From the first norm on that is not finite, `brake` lets no update change anything.
+    fn step(&mut self, config: &OptimizerConfig, step: Step, lr: f64, brake: &mut Brake) -> Result<Tensor, TorchError> {
         self.settle()?;
         tch::no_grad(|| {
             let norm = self.norm()?;
-            let scale = clip_scale(config, &norm)?;
-            self.update(config, step, lr, scale.as_ref())?;
+            let scale = brake.scale(config, &norm)?;
+            self.update(config, step, lr, Some(&scale))?;
             Ok(norm)
         })
     }

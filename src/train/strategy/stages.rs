@@ -117,7 +117,8 @@ fn whole(
 }
 
 fn scaled(mean: &Tensor, divisor: f64) -> Result<Tensor, TorchError> {
-    torch::tch_result("scale loss", mean.f_div_scalar(divisor))
+    // A loss that is not finite has a gradient that all ranks see to be none.
+    torch::telling(&torch::tch_result("scale loss", mean.f_div_scalar(divisor))?)
 }
 
 /// What a block starts from: the vectors of the stage before, with a gradient of their own if anybody there learns.

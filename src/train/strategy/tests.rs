@@ -137,6 +137,7 @@ fn train(case: &Case, group: Option<ProcessGroup>) -> Trained {
     let (mut losses, mut norms, mut first_state) = (Vec::new(), Vec::new(), Held::new());
     let spread = Spread::new(BATCH, world, case.most).unwrap();
     let passes = spread.passes(rank);
+    let mut brake = Brake::new();
     for step in 1..=STEPS {
         let mut sum = 0.0;
         let mut first = share(BATCH.into(), rank, world).start;
@@ -156,7 +157,7 @@ fn train(case: &Case, group: Option<ProcessGroup>) -> Trained {
         }
         strategy.reduce().unwrap();
         losses.push(sum);
-        norms.push(to_f64(&strategy.step(&optimizer, Step(step), 1e-2).unwrap()).unwrap());
+        norms.push(to_f64(&strategy.step(&optimizer, Step(step), 1e-2, &mut brake).unwrap()).unwrap());
         strategy.zero_grad().unwrap();
         if step == 1 {
             strategy.settle().unwrap();

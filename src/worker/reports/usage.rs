@@ -18,7 +18,7 @@ const EVERY: u64 = 100;
 
 /// Reads what this process has and uses.
 #[derive(Debug)]
-pub struct Gauge {
+pub(in crate::worker) struct Gauge {
     device: Device,
     peak_flops: Option<f64>,
     begun: Step,

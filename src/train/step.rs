@@ -577,7 +577,8 @@ mod tests {
                 let asked = std::cell::Cell::new(0);
                 let hears = training.place.rank == Rank(1) || world == 1;
                 let over = training.evaluate(|| asked.replace(asked.get() + 1) == 1 && hears).unwrap();
-                assert_eq!(over, None);
+                let together = run.parallel.strategy == config::Strategy::Shard;
+                assert!(over.is_none() || !(together || hears));
                 (train(&mut training, 3..=3), share.0[0].loss, share.0[0].targets)
             });
             let loss: f64 = shares.iter().map(|share| share.1).sum();

@@ -232,7 +232,7 @@ fn compare(case: Case) {
     if case.world == 2 && case.clip == 0.0 && (case.strategy == config::Strategy::Zero1 || passes == 1) {
         // Two numbers have one sum, so that every cast and every product must be the same.
         assert_eq!(losses(&zero1), losses(&ddp), "{case:?}");
-        assert!(exact(last_state(&zero1)) == last_state(&ddp), "{case:?}: other bits in the state");
+        assert!(exact(last_state(&zero1)) == exact(last_state(&ddp)), "{case:?}: other bits in the state");
         assert_close(&zero1[0].norms, &ddp[0].norms, 1e-6, "norm");
     } else {
         let tolerance = if case.precision == Precision::Bf16 { 2e-3 } else { 2e-5 };
@@ -401,8 +401,10 @@ fn a_pass_by_blocks_has_the_bits_of_one_graph() {
         for (strategy, world) in [(Ddp, 1), (Ddp, 2), (Zero1, 2), (Zero1, 3)] {
             let case = Case { strategy, world, ..case };
             for fused in [false, true] {
-                same(Case { tied: true, most: 2, fused, ..case });
-                same(Case { most: 5, marked: true, fused, ..case });
+                // Fused, a loss adds a scaled gradient to that of earlier passes with one rounding less.
+                let most = |most| if fused { BATCH } else { most };
+                same(Case { tied: true, most: most(2), fused, ..case });
+                same(Case { most: most(5), marked: true, fused, ..case });
             }
             same(Case { lora: true, fused: true, ..case });
         }

@@ -35,6 +35,7 @@ mod model_folder;
 mod moments;
 mod nodes;
 mod notices;
+mod one_file;
 mod one_slot;
 mod outputs;
 mod own_model;

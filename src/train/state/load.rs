@@ -305,6 +305,26 @@ mod tests {
         tensors
     }
 
+    /// Earlier versions kept the weights of a bf16 run in fp32 alone, unless its strategy was zero1.
+    #[test]
+    fn fp32_weights_of_an_earlier_version_become_masters_and_rounded_copies() {
+        let origin = world(false, Precision::Fp32, 1, 1);
+        stir(&origin);
+        let earlier = together(&files(&origin));
+        for ranks in [1, 2] {
+            let mut states = world(false, Precision::Bf16, ranks, 2);
+            load(&mut states, &files(&origin));
+            let now = together(&files(&states));
+            assert!(as_ddp_has_it(now.clone()) == earlier);
+            for (name, fp32) in earlier.iter().filter(|(name, _)| !name.starts_with("exp_avg")) {
+                let values = Tensor::f_from_data_size(fp32, &[signed(fp32.len() as u64 / 4)], Kind::Float).unwrap();
+                let mut rounded = vec![0; fp32.len() / 2];
+                torch::store_bytes(&values.to_kind(Kind::BFloat16), &mut rounded).unwrap();
+                assert!(now[name] == rounded, "{name}");
+            }
+        }
+    }
+
     #[test]
     fn a_state_goes_through_every_world_and_strategy_without_losing_a_byte() {
         for precision in [Precision::Fp32, Precision::Bf16] {

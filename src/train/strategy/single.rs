@@ -183,3 +183,78 @@ impl Strategy for Single {
         self.0.zero_grad()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tch::Device;
+
+    use super::*;
+    use crate::{
+        config::ModelKind,
+        model::{self, BuildSettings, Model},
+        torch::fused::Fused,
+    };
+
+    fn build(architecture: &str) -> Box<dyn Model> {
+        let config = json!({
+            "architectures": [architecture], "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": true,
+        });
+        let settings = BuildSettings { device: Device::Cpu, precision: Precision::Bf16, seed: Some(7) };
+        model::build(ModelKind::Decoder, &config, &settings).unwrap()
+    }
+
+    fn floats(tensor: &Tensor) -> Vec<f32> {
+        Vec::try_from(tensor.detach().to_kind(Kind::Float).view([-1])).unwrap()
+    }
+
+    /// The losses of four steps with two passes each, and the fp32 weights after them.
+    fn train(model: &mut dyn Model, layout: Precision) -> (Vec<f64>, Vec<Vec<f32>>) {
+        tch::set_num_threads(1);
+        let replica = Replica::lay_out(model, layout).unwrap().1;
+        let weights: Vec<Tensor> = replica.weights.iter().map(Tensor::shallow_clone).collect();
+        let mut single = Single(replica.start().unwrap());
+        let optimizer = OptimizerConfig { lr: 1e-2, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 0.5 };
+        let mut losses = Vec::new();
+        for step in 1..=4 {
+            for pass in 0..2 {
+                let tokens = (Tensor::arange(34, (Kind::Int64, Device::Cpu)) * 7 + pass * 5).remainder(96);
+                let loss = model.loss(&tokens.view([2, 17])).unwrap() / 2.0;
+                single.backward(&loss, pass == 1).unwrap();
+                losses.push(torch::to_f64(&loss).unwrap());
+            }
+            single.step(&optimizer, Step(step), 1e-2).unwrap();
+            single.zero_grad().unwrap();
+        }
+        (losses, weights.iter().map(floats).collect())
+    }
+
+    /// An earlier version cast each weight at each use: that is what fp32 weights alone do.
+    #[test]
+    fn rounded_copies_give_the_bits_of_a_cast_at_each_use() {
+        for fused in [Fused::NONE, Fused::ALL] {
+            let [cast, rounded] = [Precision::Fp32, Precision::Bf16].map(|layout| {
+                let mut model = build("LlamaForCausalLM");
+                model.use_fused(fused);
+                train(model.as_mut(), layout)
+            });
+            assert!(cast.0[7] < cast.0[0] * 0.99, "nothing was learnt: {:?}", cast.0);
+            assert_eq!(cast, rounded, "{fused:?}");
+        }
+    }
+
+    #[test]
+    fn a_model_computes_with_copies_where_it_needs_no_more_and_they_follow_the_weights() {
+        for (architecture, copied) in [("LlamaForCausalLM", true), ("Olmo2ForCausalLM", false)] {
+            let mut model = build(architecture);
+            let (_, weights) = train(model.as_mut(), Precision::Bf16);
+            for (parameter, weights) in model.parameters().iter().zip(weights) {
+                assert_eq!(matches!(parameter.weight, Weight::Copy { .. }), copied, "{}", parameter.name);
+                let rounded = Tensor::from_slice(&weights).to_kind(if copied { Kind::BFloat16 } else { Kind::Float });
+                assert_eq!(floats(parameter.values()), floats(&rounded), "{}", parameter.name);
+            }
+        }
+    }
+}

@@ -133,12 +133,12 @@ impl Training {
             self.timer.lap(Part::Optimizer)?;
             let Loss { mean, targets } = self.lesson.loss()?;
             let divisor = config::divisor(step_targets, targets, world);
-            let loss = torch::telling(&torch::tch_result("scale loss", mean.f_div_scalar(divisor))?)?;
+            let loss = torch::tch_result("scale loss", mean.f_div_scalar(divisor))?;
             self.timer.lap(Part::Forward)?;
             if last {
                 self.timer.watch_backward()?;
             }
-            self.strategy.backward(&loss, last)?;
+            self.strategy.backward(&torch::telling(&loss)?, last)?;
             self.timer.lap_backward()?;
             let loss = loss.detach();
             total = Some(match total {

@@ -137,6 +137,14 @@ impl Language {
     }
 }
 
+#[cfg(test)]
+impl Language {
+    /// With another model in place of its own.
+    pub fn with_model(self, wrap: impl FnOnce(Box<dyn Model>) -> Box<dyn Model>) -> Self {
+        Self { model: wrap(self.model), batches: self.batches }
+    }
+}
+
 impl Lesson for Language {
     fn leaves(&self) -> &dyn Leaves {
         self.model.as_ref()

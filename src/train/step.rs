@@ -355,6 +355,16 @@ mod tests {
     }
 
     fn rank_on(run: &Run, group: Option<ProcessGroup>, from: Option<&[Bytes]>, device: Device) -> (Training, State) {
+        rank_of(run, group, from, device, |model| model)
+    }
+
+    fn rank_of(
+        run: &Run,
+        group: Option<ProcessGroup>,
+        from: Option<&[Bytes]>,
+        device: Device,
+        wrap: impl FnOnce(Box<dyn Model>) -> Box<dyn Model>,
+    ) -> (Training, State) {
         tch::set_num_threads(1);
         let (rank, world) = group.as_ref().map_or((Rank(0), WorldSize(1)), |group| (group.rank(), group.world()));
         let place = Place { rank, world, device };
@@ -365,7 +375,7 @@ mod tests {
         }
         let dataset = Dataset::open(run.folder.path()).unwrap();
         let batches = Batches::new(dataset, run.data.sequence_length, &run.train, place).unwrap();
-        let lesson = Language::new(&run.model, &train, place, true, batches).unwrap();
+        let lesson = Language::new(&run.model, &train, place, true, batches).unwrap().with_model(wrap);
         let mut built = Built::new(Box::new(lesson), train, &run.parallel, place).unwrap();
         if let Some(files) = from {
             built.state.load(files, false).unwrap();

@@ -9,7 +9,7 @@
 
 use tch::{Device, Tensor};
 
-use super::strategy::stages::Laps;
+use super::strategy::stages::Watch;
 use crate::{
     protocol::Split,
     torch::{Clock, TorchError},
@@ -144,7 +144,7 @@ impl Timer {
     }
 }
 
-impl Laps for Timer {
+impl Watch for Timer {
     fn backward_begins(&mut self, last: bool) -> Result<(), TorchError> {
         self.lap(Part::Forward)?;
         if last { self.watch_backward() } else { Ok(()) }

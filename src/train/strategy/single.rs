@@ -194,6 +194,7 @@ mod tests {
         config::ModelKind,
         model::{self, BuildSettings, Model},
         torch::fused::Fused,
+        train::optim::Brake,
     };
 
     fn build(architecture: &str) -> Box<dyn Model> {
@@ -217,15 +218,17 @@ mod tests {
         let weights: Vec<Tensor> = replica.weights.iter().map(Tensor::shallow_clone).collect();
         let mut single = Single(replica.start().unwrap());
         let optimizer = OptimizerConfig { lr: 1e-2, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 0.5 };
-        let mut losses = Vec::new();
+        let (mut losses, mut brake) = (Vec::new(), Brake::new());
         for step in 1..=4 {
             for pass in 0..2 {
                 let tokens = (Tensor::arange(34, (Kind::Int64, Device::Cpu)) * 7 + pass * 5).remainder(96);
                 let loss = model.loss(&tokens.view([2, 17])).unwrap() / 2.0;
-                single.backward(&loss, pass == 1).unwrap();
+                single.begin(pass == 1).unwrap();
+                loss.backward();
+                single.end(pass == 1).unwrap();
                 losses.push(torch::to_f64(&loss).unwrap());
             }
-            single.step(&optimizer, Step(step), 1e-2).unwrap();
+            let _norm = single.step(&optimizer, Step(step), 1e-2, &mut brake).unwrap();
             single.zero_grad().unwrap();
         }
         (losses, weights.iter().map(floats).collect())

@@ -16,6 +16,8 @@
 //! it is added at once where the loss would do so in a pass of one graph ([`Model::adds_in_place`]). There, the sum
 //! over several passes may differ in the last bit: a loss adds its scaled gradient with one rounding less.
 //!
+//! A loss that is not finite has a gradient that is no number ([`torch::telling`]), so that all ranks hear of it.
+//!
 //! [`Stages`] is what a strategy does between them. All ranks call it in one order, so it may communicate.
 //!
 //! *Memory.* Of a block with `T` tokens and width `H` a pass keeps `T · H` elements instead of its graph; one block's
@@ -56,7 +58,7 @@ pub trait Stages {
 }
 
 /// Hears how far a pass has come, to measure its parts.
-pub trait Laps {
+pub trait Watch {
     /// The forward pass has ended and the backward pass begins; `last`: gradients are reduced under it.
     fn backward_begins(&mut self, last: bool) -> Result<(), TorchError>;
 
@@ -65,7 +67,7 @@ pub trait Laps {
 }
 
 /// Nobody listens.
-impl Laps for () {
+impl Watch for () {
     fn backward_begins(&mut self, _: bool) -> Result<(), TorchError> {
         Ok(())
     }
@@ -83,7 +85,7 @@ pub fn pass(
     graph: Graph,
     divisor: &dyn Fn(u64) -> f64,
     last: bool,
-    laps: &mut dyn Laps,
+    laps: &mut dyn Watch,
 ) -> Result<Tensor> {
     match (newest, graph) {
         (_, Graph::Whole) => whole(strategy, newest, divisor, last, laps),
@@ -104,22 +106,21 @@ fn whole(
     newest: &Newest<'_>,
     divisor: &dyn Fn(u64) -> f64,
     last: bool,
-    laps: &mut dyn Laps,
+    laps: &mut dyn Watch,
 ) -> Result<Tensor> {
     let Loss { mean, targets } = newest.loss()?;
     let loss = scaled(&mean, divisor(targets))?;
     let one = torch::tch_result("backward pass", loss.f_ones_like())?;
     laps.backward_begins(last)?;
     strategy.begin(last)?;
-    torch::backward_from(&[&loss], &[&one])?;
+    torch::backward_from(&[&torch::telling(&loss)?], &[&one])?;
     strategy.end(last)?;
     laps.backward_ends()?;
     Ok(loss.detach())
 }
 
 fn scaled(mean: &Tensor, divisor: f64) -> Result<Tensor, TorchError> {
-    // A loss that is not finite has a gradient that all ranks see to be none.
-    torch::telling(&torch::tch_result("scale loss", mean.f_div_scalar(divisor))?)
+    torch::tch_result("scale loss", mean.f_div_scalar(divisor))
 }
 
 /// What a block starts from: the vectors of the stage before, with a gradient of their own if anybody there learns.
@@ -158,7 +159,7 @@ fn by_blocks(
     keep: usize,
     divisor: f64,
     last: bool,
-    laps: &mut dyn Laps,
+    laps: &mut dyn Watch,
 ) -> Result<Tensor> {
     let blocks = model.blocks();
     let first = first_trained(model);
@@ -182,7 +183,7 @@ fn by_blocks(
     let loss = scaled(&model.head_loss(x.shallow_clone(), targets)?, divisor)?;
     laps.backward_begins(last)?;
     strategy.begin(last)?;
-    let (mut gradient, tied) = head_gradients(strategy, model, &loss, &x)?;
+    let (mut gradient, tied) = head_gradients(strategy, model, &torch::telling(&loss)?, &x)?;
     let loss = loss.detach();
     drop(x);
 

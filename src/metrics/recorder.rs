@@ -220,7 +220,8 @@ mod tests {
             let recorder = Recorder::new(&run, Generation(generation));
             for number in 1..=100 {
                 recorder.hear(&step(number), 0);
-                files::put(&run, locked(&recorder.waiting).rows.take_until(Step(number))).await.unwrap();
+                let rows = locked(&recorder.waiting).rows.take_until(Step(number));
+                files::put(&run, rows).await.unwrap();
             }
         }
         let before = read(&run).await.unwrap().0.curve();

@@ -273,7 +273,7 @@ mod tests {
                     let mut begin = share_of(Step(step), global_batch, Rank(rank), WorldSize(world)).start;
                     for pass in order.passes.iter() {
                         expected.push(begin..begin + u64::from(pass.sequences));
-                        begin = begin + u64::from(pass.sequences);
+                        begin += u64::from(pass.sequences);
                     }
                 }
                 let mut found = vec![expected[0].clone()];

@@ -49,7 +49,10 @@ struct Lookup : public Function<Lookup> {
 // the product.
 at::Tensor deliver(const at::Tensor& leaf, const at::Tensor& gradient, const at::Tensor& factor, bool direct) {
   if (auto* own = direct && gradient.scalar_type() == at::kFloat ? own_gradient(leaf) : nullptr) {
-    own->addcmul_(gradient, factor);
+    // In two roundings, as where the product is returned and added by whoever gets it. The gradient is used once.
+    auto scaled = gradient.detach();
+    scaled.mul_(factor);
+    own->add_(scaled);
     return {};
   }
   return gradient.mul(factor);

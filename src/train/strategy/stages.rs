@@ -13,8 +13,7 @@
 //! so that it gives the same values when it is done again. (A model that drew random numbers would have to draw the
 //! same ones again; none does.) A parameter's gradient is added to once in a pass, by the sum of what its uses give. A
 //! tied embedding has two, at both ends: the head's is held back until the lookup's is there, as autograd does it; or
-//! it is added at once where the loss would do so in a pass of one graph ([`Model::adds_in_place`]). There, the sum
-//! over several passes may differ in the last bit: a loss adds its scaled gradient with one rounding less.
+//! it is added at once where the loss would do so in a pass of one graph ([`Model::adds_in_place`]).
 //!
 //! A loss that is not finite has a gradient that is no number ([`torch::telling`]), so that all ranks hear of it.
 //!

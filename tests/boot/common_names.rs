@@ -66,7 +66,8 @@ fn common_names_are_understood_and_parameters_become_variables_when_asked() {
     let life = machine(&lab, &metadata, &moto.endpoint(), &work).json().finish().expect_code(0);
     expect_secret_unseen(&life);
     assert_eq!(life.of_kind("idle").len(), 1, "{}", life.story());
-    let none = machine(&lab, &metadata, &moto.endpoint(), &["work", "--ssm-path", "/trainer/other"]).finish();
+    let work = ["work", "--ssm-path", "/trainer/other", "--store", "s3://bucket/runs"];
+    let none = machine(&lab, &metadata, &moto.endpoint(), &work).finish();
     none.expect_code(64).expect_said(&["no queue is named", "AWS_SQS_QUEUE_URL"]);
 }
 

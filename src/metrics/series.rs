@@ -276,7 +276,9 @@ pub(super) mod tests {
     proptest! {
         /// The curve is that of a run which forgets everything beyond the step that it resumes from.
         #[test]
-        fn the_curve_is_what_the_run_itself_would_remember(life in life(), shuffle in any::<u64>(), twice in 0..40_usize) {
+        fn the_curve_is_what_the_run_itself_would_remember(
+            life in life(), shuffle in any::<u64>(), twice in 0..40_usize
+        ) {
             let (mut rows, mut remembers): (Vec<Row>, Vec<(u64, u64)>) = (Vec::new(), Vec::new());
             for (generation, (from, count)) in (1..).zip(life) {
                 remembers.truncate((from as usize).min(remembers.len()));

@@ -87,8 +87,8 @@ impl Capture {
     }
 
     /// Starts copying the state as it is now into `slot`. `done` is called with the copy time, on a copy thread. The
-    /// tensors must not change before [`Capture::wait`] returns. `hasty`: the threads that copy on a CPU do not yield to
-    /// others.
+    /// tensors must not change before [`Capture::wait`] returns. `hasty`: the threads that copy on a CPU do not yield
+    /// to others.
     pub fn start(&mut self, slot: u8, hasty: bool, done: impl FnOnce(Duration) + Send + 'static) -> Result<()> {
         self.wait()?;
         let destination = self

@@ -222,8 +222,8 @@ impl ProcessGroup {
     }
 
     /// Starts to add up chunk r of every rank's `flat` for each rank r, which has as many equal chunks as there are
-    /// ranks. [`Reducing::finish`] adds this rank's sum to `into`, of a chunk's length. One dimension, contiguous, fp32.
-    /// Do not write to either before. Elements are summed in the order of ranks (Gloo), wherever they lie.
+    /// ranks. [`Reducing::finish`] adds this rank's sum to `into`, of a chunk's length. One dimension, contiguous,
+    /// fp32. Do not write to either before. Elements are summed in the order of ranks (Gloo), wherever they lie.
     pub fn reduce_scatter(&self, flat: &Tensor, into: &Tensor) -> Result<Reducing> {
         let mut handle = ptr::null_mut();
         let status =

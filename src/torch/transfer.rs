@@ -79,7 +79,8 @@ pub fn upload(tensor: &Tensor, device: Device) -> Result<Tensor> {
 }
 
 /// `loss` as it is, to the last bit, with its own gradient; if it is not finite, neither it nor that gradient is a
-/// number, and nor is any gradient that comes from it. So a loss that only one rank has becomes a gradient that all of them see.
+/// number, and nor is any gradient that comes from it. So a loss that only one rank has becomes a gradient that all of
+/// them see.
 pub fn telling(loss: &Tensor) -> Result<Tensor> {
     let one = |loss: Tensor| loss.f_mul_scalar(0.0)?.f_add_scalar(1.0);
     let telling = one(loss.detach()).and_then(|one| loss.f_mul(&one));

@@ -2,9 +2,10 @@
 //!
 //! Trained parameters lie one after the other in buckets: the last one first, because gradients arrive about in that
 //! order, in buckets of about one size ([`Partition::new`]); or in buckets that somebody else has chosen
-//! ([`Partition::of`]). Each bucket is cut into as many equal chunks as there are ranks, and rank r has chunk r of every bucket: its
-//! moments, its fp32 weights, its update. So a large embedding is divided like everything else, and a bucket can be
-//! reduced, updated and gathered while others are still computed (as in Megatron-LM's distributed optimizer).
+//! ([`Partition::of`]). Each bucket is cut into as many equal chunks as there are ranks, and rank r has chunk r of
+//! every bucket: its moments, its fp32 weights, its update. So a large embedding is divided like everything else, and a
+//! bucket can be reduced, updated and gathered while others are still computed (as in Megatron-LM's distributed
+//! optimizer).
 //!
 //! Invariants: the partition is a pure function of (lengths, world size, bucket sizes), the same on every rank and
 //! after a resume. Chunks begin on multiples of [`ALIGN`] elements, so no rank has more than the average and `ALIGN`

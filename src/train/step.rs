@@ -249,7 +249,7 @@ fn pass_seed(seed: u64, first: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     mod ahead;
-    mod device;
+    mod device_tests;
     mod marked;
     mod sound;
 

@@ -7,7 +7,8 @@
 //! | `zero1` | all, to compute with | reduced by chunks | its chunk of each bucket | buckets are gathered |
 //! | `shard` | its chunk of each block, and a few blocks for a while | reduced by chunks | its chunks | nothing |
 //!
-//! A pass runs in one graph or stage by stage ([`stages`]), and `shard` gathers a stage's weights before it is computed.
+//! A pass runs in one graph or stage by stage ([`stages`]), and `shard` gathers a stage's weights before it is
+//! computed.
 //!
 //! Frozen parameters are whole on every rank under each of them, and nobody reduces, updates or gathers them. Adapters
 //! beside a frozen base are trained like any parameter, in fp32.

@@ -3,7 +3,7 @@
 //! A page's header gives its size, packed and unpacked, and the library allocates memory for that without a check; some
 //! of its unpackers even continue for as long as there is something to unpack. So a false header, from a broken disk or
 //! on purpose, would cost gigabytes. Here the headers are read first and checked against the file and
-//! [`MAX_PAGE_BYTES`]; pages with unlimited unpackers are unpacked once, and the result is discarded.
+//! a limit of 512 MiB; pages with unlimited unpackers are unpacked once, and the result is discarded.
 
 use std::io::{self, BufReader, Read};
 

@@ -22,8 +22,9 @@ use crate::{
 const OFTEN: Duration = Duration::from_secs(300);
 /// And as soon as there are this many of them.
 const MANY_ROWS: usize = 100_000;
-/// The longest time for which a save waits for its rows.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The longest time for which a save waits for its rows, once everything else of it is in the store. It may be the last
+/// one before the machine goes away, and a checkpoint is worth more than a curve without a gap.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Rows on their way to the store. Dropping it stops nothing: they arrive, or go with the next ones.
 #[derive(Debug)]

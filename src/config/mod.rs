@@ -67,8 +67,8 @@ pub struct RunConfig {
     pub checkpoint: CheckpointConfig,
     /// The sources of notices.
     pub notice: NoticeConfig,
-    /// When the run ends before its last step, for want of time or money. Runs without caps don't store it, as those
-    /// before it was a setting.
+    /// The caps on the run's time and cost, which may end it before its last step. Runs without caps don't store it, as
+    /// those before it was a setting.
     #[serde(default, skip_serializing_if = "CapsConfig::is_default")]
     pub run: CapsConfig,
     /// The action after the last step is committed.

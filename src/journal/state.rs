@@ -529,7 +529,7 @@ fn is_early_stopping(key: &str) -> bool {
     key.starts_with("train.early_stopping.")
 }
 
-/// Whether this setting may end the run before its last step, for want of time or money.
+/// Whether this setting caps the run's time or cost, and so may end it before its last step.
 fn is_cap(key: &str) -> bool {
     key.starts_with("run.")
 }

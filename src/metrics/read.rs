@@ -35,7 +35,8 @@ pub async fn read(run: &Store) -> Result<(Series, Vec<String>)> {
         }
     }
     let message = format!("files below {}/{} disappear while they are read", run.uri(), layout::METRICS);
-    Err(Error::new(Kind::Unavailable, message).with_hint("try again; who deletes them?"))
+    Err(Error::new(Kind::Unavailable, message)
+        .with_hint("try again; if it fails again, find out what else deletes files there"))
 }
 
 /// `None`: a file was replaced after it was listed, and its rows are in one that is listed now.

@@ -268,7 +268,7 @@ pub(super) mod tests {
         assert_eq!(whole.names().collect::<Vec<_>>(), ["loss", "lr", "other"]);
     }
 
-    /// A life of a run: each generation begins somewhere in what is there, and does some steps.
+    /// A life of a run: each generation resumes after one of the steps before it, and does some steps.
     fn life() -> impl Strategy<Value = Vec<(u64, u64)>> {
         proptest::collection::vec((0..100_u64, 1..30_u64), 1..8)
     }

@@ -30,7 +30,7 @@ pub struct Search {
     pub growth: u64,
 }
 
-/// Why so many blocks keep their graphs.
+/// The reason for the number of blocks that keep their graphs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// There is room: one more.

@@ -901,7 +901,7 @@ mod tests {
         assert_eq!(c.uploaded(0, false, at(2)), [Action::Upload { step: Step(10), slot: 0 }], "it is the newest");
         c.rank_stopped(Step(15), at(3));
         c.rank_stopped(Step(15), at(3));
-        // It has failed so often by now that a last state would be given up.
+        // A last state that had failed this often would be given up.
         let actions = c.give_up_the_end(0, at(4));
         let orders = Action::Thaw { saves: vec![order(15, 0)], stop_after: None };
         assert_eq!(answer(&mut c, &actions, [15, 15], at(4)), [orders]);

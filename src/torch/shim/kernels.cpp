@@ -72,7 +72,7 @@ INLINE void store(T* to, V values, int64_t count) {
   }
 }
 
-// The lanes of `x` and `y` at `at`, in full or what is left of a row.
+// The lanes of `x` and `y` at `at`: a full vector, or the rest of a row.
 struct Full {
   template <class T>
   INLINE V get(const T* from, float = 0) const {

@@ -93,7 +93,7 @@ pub enum Record {
         /// The run's own id, so that a copied journal can't pass for another run.
         run_id: RunId,
         /// The resolved configuration. Since format 5 it may have adapters, with the files of their base; since format
-        /// 6 a rule by which the run stops early, or a program's own task; since format 7 caps.
+        /// 6 a rule by which the run stops early, or a program's own task; since format 7 caps, or shards.
         config: Box<RunConfig>,
     },
     /// A group of nodes exists. Written before the resume point is used.
@@ -107,7 +107,7 @@ pub enum Record {
         /// The one checkpoint that every rank loads; `None`: from the beginning.
         resume: Option<ResumePoint>,
         /// Settings changed with `--set` for this generation and all later ones. Since format 6 they may have a rule
-        /// by which the run stops early, since format 7 caps.
+        /// by which the run stops early, since format 7 caps, shards and newer settings.
         #[serde(default)]
         overrides: Vec<(String, String)>,
         /// Why this generation was formed.
@@ -563,6 +563,29 @@ mod tests {
             // An older program would read the newer kind as garbled: so it does not say an older format.
             let older = String::from_utf8(body).unwrap().replace("\"format\":3", "\"format\":2");
             assert_eq!(Entry::decode(older.as_bytes()).is_err(), format == 3, "{older}");
+        }
+    }
+
+    #[test]
+    fn what_an_earlier_version_knows_no_word_for_is_newer_to_it() {
+        use crate::journal::testing::{created, formed};
+        assert_eq!((created().format(), formed(1, None).format()), (1, 1));
+        let Record::Created { run_id, mut config } = created() else { panic!("another record") };
+        config.workload.parallel.strategy = crate::config::Strategy::Shard;
+        assert_eq!(Record::Created { run_id, config }.format(), 7);
+        for (key, value, format) in [
+            ("parallel.strategy", "shard", 7),
+            ("parallel.strategy", "zero1", 1),
+            ("train.activations", "block", 7),
+            ("checkpoint.slots", "1", 7),
+            ("run.max_hours", "2", 7),
+            ("train.steps", "9", 1),
+        ] {
+            let mut record = formed(1, None);
+            if let Record::Formed { overrides, .. } = &mut record {
+                *overrides = vec![(key.into(), value.into())];
+            }
+            assert_eq!(record.format(), format, "{key}={value}");
         }
     }
 

@@ -14,7 +14,7 @@ use super::{
     summary::{Spans, Tail},
 };
 use crate::{
-    config::{CapsConfig, ModelKind, RunConfig},
+    config::{CapsConfig, ModelKind, RunConfig, Strategy},
     ids::{DatasetId, Generation, NodeId, RunId, Step, WorldSize},
 };
 
@@ -534,6 +534,21 @@ fn is_cap(key: &str) -> bool {
     key.starts_with("run.")
 }
 
+/// Settings that no version knows whose latest format is 6: it would call a change of them a mistake.
+const KEYS_OF_7: [&str; 6] = [
+    "checkpoint.slots",
+    "parallel.peak_tflops",
+    "parallel.share_device",
+    "train.activations",
+    "train.deterministic",
+    "train.fused",
+];
+
+/// Whether only a version that knows format 7 understands this change of a setting.
+fn is_of_7(key: &str, value: &str) -> bool {
+    is_cap(key) || KEYS_OF_7.contains(&key) || (key == "parallel.strategy" && value.contains("shard"))
+}
+
 fn check_format(entry: &Entry) -> Result<(), Inconsistent> {
     if entry.format > FORMAT {
         return Err(Inconsistent(format!("has format {}, and this version reads up to {FORMAT}", entry.format)));
@@ -547,7 +562,9 @@ impl Record {
         match self {
             // An earlier version would train on.
             Self::Created { config, .. } if config.run != CapsConfig::default() => 7,
-            Self::Formed { overrides, .. } if overrides.iter().any(|(key, _)| is_cap(key)) => 7,
+            Self::Formed { overrides, .. } if overrides.iter().any(|(key, value)| is_of_7(key, value)) => 7,
+            // An earlier version knows no such strategy.
+            Self::Created { config, .. } if config.workload.parallel.strategy == Strategy::Shard => 7,
             Self::Interrupted { cap: Some(_), .. } => 7,
             Self::Created { config, .. } if config.workload.train.early_stopping.is_some() => 6,
             Self::Formed { overrides, .. } if overrides.iter().any(|(key, _)| is_early_stopping(key)) => 6,

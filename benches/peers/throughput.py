@@ -192,6 +192,8 @@ def main():
                 order = [trainer, pytorch] if number % 2 == 0 else [pytorch, trainer]
                 measured = {}
                 for contender in order:
+                    # What the one before has written is not to be flushed during this one's steps.
+                    os.sync()
                     steps, loss = contender(options, case, scratch)
                     measured[contender.__name__] = {"step_s": statistics.median(steps), "steps_s": steps, "loss": loss}
                     name = f"{contender.__name__:8}"

@@ -121,6 +121,21 @@ pub fn is_out_of_memory(words: &str) -> bool {
     WORDS.iter().any(|said| words.contains(said))
 }
 
+/// What a worker says of the micro-batch that would fit where memory ran out, sequences. Its agent hears it
+/// ([`fitting`]).
+pub fn would_fit(micro_batch: u32) -> String {
+    format!("{BEFORE}{micro_batch}{BEHIND}")
+}
+
+/// The micro-batch that these words say would fit.
+pub fn fitting(words: &str) -> Option<u32> {
+    let (before, _) = words.split_once(BEHIND)?;
+    before.rsplit_once(BEFORE)?.1.parse().ok()
+}
+
+const BEFORE: &str = "micro-batch ";
+const BEHIND: &str = " would fit";
+
 /// Raises the limit of open files as far as the system allows: shells and service managers give 1,024, too few for many
 /// connections and shards. Children inherit it.
 pub fn allow_open_files() {
@@ -140,6 +155,15 @@ pub fn open_files() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_micro_batch_that_would_fit_is_heard_among_other_words() {
+        let words = format!("worker 1: {}: compute attention: CUDA out of memory", would_fit(12));
+        assert_eq!(fitting(&words), Some(12));
+        for none in ["", "out of memory", "micro-batch x would fit", "it would fit", "micro-batch 4 would be better"] {
+            assert_eq!(fitting(none), None, "{none}");
+        }
+    }
 
     #[derive(Debug, thiserror::Error)]
     #[error("outer")]

@@ -80,6 +80,23 @@ fn a_killed_worker_is_replaced_and_the_run_completes_by_itself() {
     lab.expect_as_undisturbed("worker", &[&life]);
 }
 
+/// A process that starts again has all of the memory anew; a second time is the model's own fault.
+#[test]
+fn memory_that_runs_out_twice_ends_the_run_with_what_it_needs() {
+    let lab = Lab::on_files();
+    let faults = "worker.memory=error@rank=0@step=3";
+    let life = lab.run("short").faults(faults).finish().expect_code(78);
+    let died = life.of_kind("worker_died");
+    assert_eq!(died.len(), 1, "it is tried once more\n{}", life.story());
+    let reason = died[0].value["reason"].to_string();
+    assert!(reason.contains("it had up to") && reason.contains("out of memory"), "{}", life.story());
+    for said in ["memory ran out again after step", "it had up to", "--set train.max_micro_batch=1"] {
+        assert!(life.stderr.contains(said), "{said}\n{}", life.story());
+    }
+    let second = lab.resume("short").finish().expect_code(0);
+    lab.expect_as_undisturbed("short", &[&life, &second]);
+}
+
 #[test]
 fn workers_restart_from_memory_even_if_no_checkpoint_can_be_read() {
     let (lab, proxy) = Lab::on_s3_through_proxy(31);

@@ -78,6 +78,43 @@ fn a_machine_with_everything_that_a_run_needs_passes() {
     assert_eq!(lab.server().open_uploads(), 0, "an upload is left behind");
 }
 
+/// The model of the laboratory fits anything that is sold; a large one on a small GPU does not, and the line says what
+/// does.
+#[test]
+fn the_memory_that_a_run_needs_is_said_before_it_starts() {
+    let lab = Lab::on_files();
+    let asked = |more: &[&str]| lab.command(&[&["doctor", "run.toml"], more].concat()).json();
+    let life = asked(&["--gpu-memory", "24GiB"]).envs(&[("TRAINER_STOP_WINDOW", "1h".to_owned())]).finish();
+    let found = expect(&life.expect_code(0), &[("memory", "ok"), ("gpu memory", "ok")]);
+    let gpu = &found["gpu memory"]["memory"];
+    let strategies: Vec<&str> =
+        gpu["strategies"].as_array().expect("a list").iter().filter_map(|row| row["strategy"].as_str()).collect();
+    assert_eq!(strategies, ["ddp", "zero1", "shard"]);
+    assert_eq!((gpu["available"].as_u64(), gpu["workers"].as_u64()), (Some(24 << 30), Some(2)));
+    for row in gpu["strategies"].as_array().expect("a list") {
+        let terms = row["terms"].as_object().expect("terms").values().filter_map(Value::as_u64).sum::<u64>();
+        assert_eq!(row["bytes"].as_u64(), Some(terms), "{row}");
+    }
+    let host = &found["memory"]["memory"];
+    assert!(host["slot"].as_u64().is_some_and(|slot| slot > 0) && host["slots"] == 2, "{host}");
+
+    let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/models/llama-8b.json");
+    let text = lab.config("").replace(&lab.path("model.json").display().to_string(), &model.display().to_string());
+    lab.write_config("run.toml", &text);
+    let life = asked(&["--gpu-memory", "40GiB", "--nproc-per-node", "8"]).finish().expect_code(78);
+    let found = lines(&life);
+    let line = found["gpu memory"].to_string();
+    assert_eq!(found["gpu memory"]["verdict"], "fail", "{line}");
+    for said in ["not even 1 fits", "--set parallel.strategy=shard"] {
+        assert!(line.contains(said), "{said}\n{}", life.story());
+    }
+    // As a table, for people.
+    let life = lab.command(&["doctor", "run.toml", "--gpu-memory", "40GiB"]).finish().expect_code(78);
+    assert!(life.stdout.contains("ddp *") && life.stdout.contains("activations"), "{}", life.story());
+    let life = lab.command(&["doctor", "--gpu-memory", "40GB"]).finish().expect_code(64);
+    assert!(life.stderr.contains("24GiB"), "{}", life.story());
+}
+
 #[test]
 fn a_missing_ability_of_a_store_is_named() {
     let lab = Lab::on_s3();

@@ -320,7 +320,7 @@ fn points_of_the_source() -> BTreeSet<String> {
 }
 
 /// Points at which nothing is half done: tests let a node wait, differ, compute wrongly or reach a cap there.
-const SWITCHES: [&str; 12] = [
+const SWITCHES: [&str; 13] = [
     "node.kind",
     "node.patient",
     "node.version",
@@ -332,6 +332,7 @@ const SWITCHES: [&str; 12] = [
     "worker.hasty",
     "worker.late",
     "worker.loaded",
+    "worker.memory",
     "worker.state",
 ];
 

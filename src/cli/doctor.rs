@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     config::{self, Machine, RunConfig, Sources},
-    doctor::{self, Line, Machines, Verdict, exit_code},
+    doctor::{self, Account, Line, Machines, Verdict, exit_code},
     error::{Error, Kind, Result},
     ids::RunId,
     report::human,
@@ -23,6 +23,7 @@ Examples:
   trainer doctor
   trainer doctor config.toml --store s3://bucket/runs
   trainer doctor config.toml --run-id reports-2026q4     # also its saves and its nodes
+  trainer doctor config.toml --gpu-memory 24GiB --nproc-per-node 8  # which micro-batch fits, under each strategy
   trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3       # checks the quota
   trainer doctor --instance-type g5.xlarge --region us-east-1 --subnet subnet-1 --subnet subnet-2 \\
     --image 123456789012.dkr.ecr.us-east-1.amazonaws.com/trainer@sha256:…     # before a deployment
@@ -44,6 +45,9 @@ pub struct Doctor {
     run_id: Option<RunId>,
     #[command(flatten)]
     workers: WorkersArg,
+    /// The memory of each GPU that the run is to have, such as 24GiB [default: that of this machine's, or of the type's]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    gpu_memory: Option<u64>,
     #[command(flatten)]
     machines: MachinesArg,
     #[command(flatten)]
@@ -92,6 +96,21 @@ fn name(text: &str) -> Result<String, String> {
     is_plain.then(|| text.to_owned()).ok_or_else(|| "expected small letters, digits, \"-\" and \".\"".into())
 }
 
+/// Bytes: a number and one of the binary units.
+fn size(text: &str) -> Result<u64, String> {
+    let expected = || "expected a number and MiB, GiB or TiB, such as 24GiB".to_owned();
+    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[number.len()..] {
+        "MiB" => 1_u64 << 20,
+        "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
+        _ => return Err(expected()),
+    };
+    let number = number.trim_end().parse::<f64>().ok().filter(|number| (0.001..1e6).contains(number));
+    // At most 2^60, and the fraction of a byte is of no use.
+    number.map(|number| (number * unit as f64) as u64).ok_or_else(expected)
+}
+
 /// The same for longer names.
 fn path(text: &str) -> Result<String, String> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_./".contains(&b);
@@ -108,7 +127,7 @@ fn arn(text: &str) -> Result<String, String> {
 
 impl Doctor {
     pub(super) fn execute(self) -> Result<ExitCode> {
-        let Self { store: named, run_id, workers, machines, json, .. } = &self;
+        let Self { store: named, run_id, workers, gpu_memory, machines, json, .. } = &self;
         let wanted = machines.clone();
         let MachinesArg { instance_type, subnets, image, ami, .. } = &wanted;
         let names_none = instance_type.is_none() && subnets.is_empty() && image.is_none() && ami.is_none();
@@ -125,6 +144,7 @@ impl Doctor {
             store: named.as_deref().map(store::absolute),
             run_id: run_id.clone(),
             nproc_per_node: workers.nproc_per_node.map(Workers::count),
+            gpu_memory: *gpu_memory,
             machines: Machines {
                 instance_type: wanted.instance_type,
                 region: wanted.region,
@@ -178,6 +198,60 @@ fn shown(lines: &[Line]) -> String {
         if let Some(todo) = &line.todo {
             text.push_str(&format!("{:<5} {:<width$}  → {}\n", "", "", plain(todo)));
         }
+        if let Some(account) = &line.memory {
+            for row in table(account) {
+                text.push_str(&format!("{:<5} {:<width$}  {row}\n", "", ""));
+            }
+        }
     }
     text
+}
+
+/// What a worker needs under each strategy: a line of names, and one of figures for each.
+fn table(account: &Account) -> Vec<String> {
+    let head =
+        ["a worker's", "weights", "moments", "gradients", "gathered", "activations", "loss, work", "all", "fits"];
+    let mut rows = vec![head.map(str::to_owned)];
+    for row in &account.strategies {
+        let terms = &row.forecast.terms;
+        let strategy = match (account.workers, row.is_chosen) {
+            (0 | 1, _) => "alone".to_owned(),
+            (_, true) => format!("{} *", doctor::strategy_name(row.strategy)),
+            (_, false) => doctor::strategy_name(row.strategy).to_owned(),
+        };
+        let figures = [
+            terms.weights + terms.masters,
+            terms.moments,
+            terms.gradients,
+            terms.rooms + terms.exchanges,
+            terms.activations + terms.constants,
+            terms.loss + terms.work,
+            row.forecast.bytes,
+        ];
+        let [a, b, c, d, e, f, all] = figures.map(human::bytes);
+        rows.push([strategy, a, b, c, d, e, f, all, row.largest_micro_batch.to_string()]);
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let line = |row: &[String; 9]| {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_has_a_binary_unit() {
+        assert_eq!(size("24GiB"), Ok(24 << 30));
+        assert_eq!(size("22.5 GiB"), Ok(45 << 29));
+        assert_eq!(size("500MiB"), Ok(500 << 20));
+        assert_eq!(size("1TiB"), Ok(1 << 40));
+        for wrong in ["24", "24GB", "GiB", "-1GiB", "0GiB", "nanGiB", "infGiB", "1e9TiB", ""] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
 }

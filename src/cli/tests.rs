@@ -64,8 +64,8 @@ trainer generate: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --pro
 --eos-token --json
 trainer prune: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --keep-last --keep-every --keep-best --damaged \
 --dry-run --json
-trainer doctor: CONFIG --store (TRAINER_STORE) --run-id (TRAINER_RUN_ID) --nproc-per-node --instance-type --region \
---count --subnet --image --ami --reads --role --gcp-project --azure-location --json
+trainer doctor: CONFIG --store (TRAINER_STORE) --run-id (TRAINER_RUN_ID) --nproc-per-node --gpu-memory --instance-type \
+--region --count --subnet --image --ami --reads --role --gcp-project --azure-location --json
 trainer simulate: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --trace --mtbf --lifetimes --nodes \
 --elastic --reform --together --wait --stall --durable --restart --notice --notice-share --work --step-time \
 --every --on-demand-price --spot-price --reserved-price --trials --seed --json

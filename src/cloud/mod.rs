@@ -17,6 +17,7 @@ pub mod gpus;
 pub mod hardware;
 pub mod identity;
 pub mod imds;
+pub mod instances;
 pub mod leave;
 pub mod lifecycle;
 pub mod metadata;

@@ -11,6 +11,7 @@ mod account;
 mod deploy;
 mod elsewhere;
 mod fabric;
+mod memory;
 mod metadata;
 mod named;
 mod nodes;
@@ -23,18 +24,19 @@ use std::{path::Path, time::Duration};
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use self::verdict::Need;
+use self::memory::{Gpu, Workers};
 pub use self::{
     account::Machines,
+    memory::{Account, Row, strategy_name},
     verdict::{Line, Verdict, exit_code},
 };
 use crate::{
-    cloud::{gpus, hardware},
-    config::{self, Device, Machine, NoticeConfig, Precision, RunConfig, StorageConfig, TrainTask, workers_per_node},
+    cloud::{gpus, hardware, instances},
+    config::{self, Device, Machine, NoticeConfig, RunConfig, StorageConfig, workers_per_node},
     env,
     error::{Error, Explain, Kind, Result},
     ids::{RunId, random_hex},
-    journal, layout, model,
+    journal, layout,
     notice::window::{Surroundings, windows},
     storage::Store,
     worker::device,
@@ -58,6 +60,8 @@ pub struct Doctor {
     pub run_id: Option<RunId>,
     /// Workers on this node, if given on the command line.
     pub nproc_per_node: Option<u32>,
+    /// Bytes of the memory of each GPU, if given on the command line.
+    pub gpu_memory: Option<u64>,
     /// The machines that are to be started.
     pub machines: Machines,
 }
@@ -87,8 +91,12 @@ impl Doctor {
         };
         let config = config.as_ref();
         let here = async {
-            let mut lines = libtorch(config.map_or_else(Device::default, |c| c.workload.parallel.device)).await;
-            lines.push(self.memory(config));
+            let (mut lines, gpu) = libtorch(config.map_or_else(Device::default, |c| c.workload.parallel.device)).await;
+            let is_packed = match config {
+                Some(config) => named::is_packed(config).await,
+                None => false,
+            };
+            lines.extend(self.memory(config, gpu.as_ref(), is_packed));
             lines
         };
         let named = async {
@@ -107,45 +115,44 @@ impl Doctor {
         lines
     }
 
-    fn memory(&self, config: Option<&RunConfig>) -> Line {
-        const CHECK: &str = "memory";
-        let Some(available) = hardware::available_memory(Path::new("/")) else {
-            return Line::skipped(CHECK, "the kernel does not report it");
-        };
+    /// The host's memory, and a GPU's if there is one to speak of.
+    fn memory(&self, config: Option<&RunConfig>, found: Option<&Gpu>, is_packed: bool) -> Vec<Line> {
+        let available = hardware::available_memory(Path::new("/"));
         let Some(config) = config else {
-            let found = format!(
-                "{} available; give CONFIG to compare it with a model's need",
-                crate::report::human::bytes(available)
-            );
-            return Line::skipped(CHECK, found);
+            let host = available.map_or_else(memory::of_unknown, memory::of_nothing);
+            return [Some(host), self.gpu_memory.map(|_| memory::of_gpu_alone())].into_iter().flatten().collect();
         };
-        match self.needed(config) {
-            Ok(need) => verdict::memory(need, config.checkpoint.slots, available),
-            Err(error) => Line::error(CHECK, &error),
+        let task = &config.workload;
+        let known = self.machines.instance_type.as_deref().and_then(instances::gpus);
+        let meant = self.gpu_memory.is_some() || !gpus::cpu_is_meant(task.parallel.device);
+        let gpu = match (self.gpu_memory, &self.machines.instance_type, &known) {
+            (Some(bytes), ..) => Some(Gpu { name: "--gpu-memory".into(), bytes }),
+            (None, Some(instance_type), Some(set)) => Some(Gpu::of(set, instance_type)),
+            _ => found.cloned(),
+        };
+        let gpu = gpu.filter(|_| meant);
+        let machine = match &known {
+            Some(set) => Machine { gpus: set.count, ..Machine::detect() },
+            None => Machine::detect(),
+        };
+        let here = workers_per_node(&task.parallel, self.nproc_per_node, &machine);
+        let workers = Workers { here, nodes: self.machines.count };
+        let slots = config.checkpoint.slots;
+        if let Some(own) = task.model.task() {
+            let line = available.map_or_else(memory::of_unknown, |available| match crate::task::open(&own) {
+                Ok(opened) => memory::of_task(opened.elements(), &task.train, workers, slots, available, gpu.is_some()),
+                Err(error) => memory::failed(false, &error.into()),
+            });
+            return vec![line];
         }
-    }
-
-    fn needed(&self, config: &RunConfig) -> Result<Need> {
-        let TrainTask { model, train, parallel, .. } = &config.workload;
-        let parameters = match model.task() {
-            Some(own) => crate::task::open(&own)?.elements(),
-            None => {
-                let shapes = model::parameter_shapes(model.kind, &model.config)?;
-                let elements = |shape: &[u64]| shape.iter().fold(1_u64, |all, extent| all.saturating_mul(*extent));
-                shapes.iter().fold(0_u64, |all, (_, shape)| all.saturating_add(elements(shape)))
-            }
+        let run = match memory::Run::of(task, workers, is_packed) {
+            Ok(run) => run,
+            Err(error) => return vec![memory::failed(false, &error)],
         };
-        let machine = Machine::detect();
-        let workers = workers_per_node(parallel, self.nproc_per_node, &machine);
-        let (bf16, on_cpu) =
-            (train.precision == Precision::Bf16, machine.gpus == 0 || gpus::cpu_is_meant(parallel.device));
-        Ok(match &model.lora {
-            None => verdict::need(parameters, bf16, workers, on_cpu),
-            Some(lora) => {
-                let adapters = model::lora::parameters(model.kind, &model.config, lora)?;
-                verdict::need_of_adapters(parameters, adapters, bf16, workers, on_cpu)
-            }
-        })
+        let host = available
+            .map_or_else(|| Ok(memory::of_unknown()), |available| run.on_host(slots, available, gpu.is_some()));
+        let on_gpu = gpu.map(|gpu| run.on_gpu(&gpu).unwrap_or_else(|error| memory::failed(true, &error)));
+        [Some(host.unwrap_or_else(|error| memory::failed(false, &error))), on_gpu].into_iter().flatten().collect()
     }
 
     /// The store, and the duration of a run's saves in it.
@@ -213,17 +220,22 @@ fn stop_window(notice: &NoticeConfig, durable: Result<Option<f64>>) -> Line {
     }
 }
 
-async fn libtorch(wanted: Device) -> Vec<Line> {
-    let looked = tokio::task::spawn_blocking(move || device::look(wanted)).await;
+/// LibTorch and its devices, and the first GPU.
+async fn libtorch(wanted: Device) -> (Vec<Line>, Option<Gpu>) {
+    let look = move || {
+        let found = device::look(wanted)?;
+        let gpu = if gpus::cpu_is_meant(wanted) { None } else { Gpu::found()? };
+        Ok::<_, Error>((found, gpu))
+    };
     let build = if cfg!(torch_cuda) { "with CUDA" } else { "for CPUs" };
-    match looked {
-        Ok(Ok(found)) => {
-            vec![Line::ok("libtorch", format!("loaded, built {build}")), verdict::devices(&found)]
+    match tokio::task::spawn_blocking(look).await {
+        Ok(Ok((found, gpu))) => {
+            (vec![Line::ok("libtorch", format!("loaded, built {build}")), verdict::devices(&found)], gpu)
         }
-        Ok(Err(error)) => vec![Line::error("libtorch", &error)],
+        Ok(Err(error)) => (vec![Line::error("libtorch", &error)], None),
         Err(_) => {
             let todo = "run scripts/setup, and check that the driver is new enough for this LibTorch";
-            vec![Line::fail("libtorch", Kind::Config, "it panicked when asked for devices", todo)]
+            (vec![Line::fail("libtorch", Kind::Config, "it panicked when asked for devices", todo)], None)
         }
     }
 }

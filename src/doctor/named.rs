@@ -2,7 +2,7 @@
 //! run's first minute does.
 
 use super::{
-    open,
+    LIMIT, open,
     verdict::{self, Line},
     within,
 };
@@ -35,6 +35,15 @@ pub(super) async fn look(config: &RunConfig) -> Vec<Line> {
         within(WEIGHTS, async { weights(config, uri).await.unwrap_or_else(|error| Line::error(WEIGHTS, &error)) });
     let (dataset, weights) = tokio::join!(dataset, weights);
     vec![dataset, weights]
+}
+
+/// Whether the data's sequences may hold several documents; of data that can't be read another line speaks.
+pub(super) async fn is_packed(config: &RunConfig) -> bool {
+    if config.workload.model.task().is_some() {
+        return false;
+    }
+    let read = cache::read_index_of(&config.workload.data.train, &config.storage);
+    matches!(tokio::time::timeout(LIMIT, read).await, Ok(Ok(index)) if index.has_marks())
 }
 
 /// The index, and whether the model and its sequence length fit it. A dataset in a folder is opened; of another one

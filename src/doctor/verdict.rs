@@ -5,13 +5,13 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::memory::Account;
 use crate::{
     cloud::{
         gpus::{Choice, Found},
         quota::{Family, Quota},
     },
     error::{Error, Kind},
-    ids::SlotCount,
     notice::window::Surroundings,
     report::human,
     storage::AbortRule,
@@ -43,6 +43,9 @@ pub struct Line {
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub todo: Option<String>,
+    /// What a run needs of this memory, in numbers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Box<Account>>,
     /// For a failure: its kind, which says who must act.
     #[serde(skip)]
     pub kind: Option<Kind>,
@@ -50,7 +53,7 @@ pub struct Line {
 
 impl Line {
     pub(super) fn ok(check: &'static str, found: impl Into<String>) -> Self {
-        Self { check, verdict: Verdict::Ok, found: found.into(), todo: None, kind: None }
+        Self { check, verdict: Verdict::Ok, found: found.into(), todo: None, memory: None, kind: None }
     }
 
     pub(super) fn skipped(check: &'static str, found: impl Into<String>) -> Self {
@@ -117,74 +120,6 @@ pub(super) fn devices(found: &Found) -> Line {
         ),
         Choice::Refused { what, hint } => Line::fail(CHECK, Kind::Config, what, hint),
     }
-}
-
-/// Bytes that the host needs: the whole state in each snapshot slot, and on a CPU the workers' own state and work
-/// space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Need {
-    /// Bytes of one snapshot.
-    pub state: u64,
-    /// Bytes of all workers on this host's memory.
-    pub workers: u64,
-    /// Bytes of the weights that adapters are trained beside, which the agent keeps for its workers.
-    pub base: u64,
-}
-
-/// Bytes of work space that a process with LibTorch takes on a CPU.
-const WORK_SPACE: u64 = 512 << 20;
-
-/// The memory for a model of `parameters` parameters: moments and fp32 weights take 12 bytes per parameter, with bf16
-/// the copies of the weights 2 more; gradients are as large as their weights.
-pub(super) fn need(parameters: u64, bf16: bool, workers: u32, on_cpu: bool) -> Need {
-    let weights = if bf16 { 2 } else { 4 };
-    let state = parameters.saturating_mul(if bf16 { 14 } else { 12 });
-    let each = state.saturating_add(parameters.saturating_mul(weights)).saturating_add(WORK_SPACE);
-    Need { state, workers: if on_cpu { each.saturating_mul(workers.into()) } else { 0 }, base: 0 }
-}
-
-/// The memory for `adapters` parameters that are trained in fp32 beside a frozen base of `parameters`. The base's files
-/// are assumed to be in the type used for computing.
-pub(super) fn need_of_adapters(parameters: u64, adapters: u64, bf16: bool, workers: u32, on_cpu: bool) -> Need {
-    let base = parameters.saturating_mul(if bf16 { 2 } else { 4 });
-    let trained = need(adapters, false, 1, true);
-    let each = trained.workers.saturating_add(base);
-    Need { state: trained.state, workers: if on_cpu { each.saturating_mul(workers.into()) } else { 0 }, base }
-}
-
-/// Whether `available` bytes of memory suffice.
-pub(super) fn memory(need: Need, count: SlotCount, available: u64) -> Line {
-    const CHECK: &str = "memory";
-    let slots = need.state.saturating_mul(count.get().into());
-    let all = slots.saturating_add(need.workers).saturating_add(need.base);
-    let workers = match need.workers {
-        0 => String::new(),
-        bytes => format!(", {} for workers", human::bytes(bytes)),
-    };
-    let base = match need.base {
-        0 => String::new(),
-        bytes => format!(", {} for the files of model.init_from", human::bytes(bytes)),
-    };
-    let found = format!(
-        "{} available; a run takes about {}: {} for {}{workers}{base}",
-        human::bytes(available),
-        human::bytes(all),
-        human::bytes(slots),
-        if count == SlotCount::ONE { "one snapshot slot" } else { "two snapshot slots" },
-    );
-    if all > available {
-        let todo = "use a machine with more memory, fewer workers, or a smaller model; in a container, raise its limit";
-        let todo = if count != SlotCount::ONE && all - need.state <= available {
-            format!("--set checkpoint.slots=1 halves what the slots take; or {todo}")
-        } else {
-            todo.to_owned()
-        };
-        return Line::fail(CHECK, Kind::Config, found, todo);
-    }
-    if all > available / 10 * 9 {
-        return Line::warn(CHECK, found, "little is left for the page cache and for everything else");
-    }
-    Line::ok(CHECK, found)
 }
 
 /// Whether a dataset can be trained on: its training sequences, its validation sequences, and how often these are
@@ -375,29 +310,6 @@ mod tests {
         ] {
             assert_eq!(is(&devices(&found(seen, cuda, usable))), expected, "{seen:?} {cuda} {usable}");
         }
-    }
-
-    #[test]
-    fn the_slots_and_the_workers_must_fit() {
-        let gib = 1_u64 << 30;
-        assert_eq!(need(1_000_000_000, true, 8, false), Need { state: 14_000_000_000, workers: 0, base: 0 });
-        let workers = 2 * (16_000_000 + WORK_SPACE);
-        assert_eq!(need(1_000_000, false, 2, true), Need { state: 12_000_000, workers, base: 0 });
-        let adapters = need_of_adapters(8_000_000_000, 1_000_000, true, 8, false);
-        assert_eq!(adapters, Need { state: 12_000_000, workers: 0, base: 16_000_000_000 });
-        let workers = 2 * (4_000_000_000 + 16_000_000 + WORK_SPACE);
-        assert_eq!(need_of_adapters(1_000_000_000, 1_000_000, false, 2, true).workers, workers);
-        assert_eq!(need(u64::MAX, true, 2, true).state, u64::MAX);
-        let need = Need { state: 10 * gib, workers: 4 * gib, base: gib };
-        for (available, expected) in [(20 * gib, FAIL), (26 * gib, WARN), (28 * gib, OK), (0, FAIL)] {
-            assert_eq!(is(&memory(need, SlotCount::TWO, available)), expected, "{available}");
-        }
-        for (available, expected) in [(14 * gib, FAIL), (16 * gib, WARN), (20 * gib, OK)] {
-            assert_eq!(is(&memory(need, SlotCount::ONE, available)), expected, "{available}");
-        }
-        let todo = |count, available| format!("{:?}", memory(need, count, available)).contains("checkpoint.slots=1");
-        assert!(todo(SlotCount::TWO, 20 * gib), "one slot fits");
-        assert!(!todo(SlotCount::TWO, 14 * gib) && !todo(SlotCount::ONE, 14 * gib), "not even that");
     }
 
     #[test]

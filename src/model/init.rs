@@ -19,8 +19,7 @@ pub(super) fn fresh(
     shape: &[u64],
     settings: &BuildSettings,
 ) -> Result<Tensor, TchError> {
-    // Each extent is at most 2^24 and each product below 2^31 by the description's bounds.
-    let extents: Vec<i64> = shape.iter().map(|&extent| i64::try_from(extent).unwrap_or(i64::MAX)).collect();
+    let extents = extents(shape);
     let cpu = (Kind::Float, Device::Cpu);
     let tensor = if settings.seed.is_none() {
         Tensor::f_empty(&extents, cpu)?
@@ -41,4 +40,9 @@ pub(super) fn fresh(
             .f_view(extents.as_slice())?
     };
     tensor.f_to_device(settings.device)?.f_set_requires_grad(true)
+}
+
+/// Each extent is at most 2^24 and each product below 2^31 by the description's bounds.
+pub(super) fn extents(shape: &[u64]) -> Vec<i64> {
+    shape.iter().map(|&extent| i64::try_from(extent).unwrap_or(i64::MAX)).collect()
 }

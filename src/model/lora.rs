@@ -15,7 +15,7 @@ use std::collections::HashMap;
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{BuildSettings, Doing, Model, ModelError, Parameter, Weight, random::SplitMix64};
+use super::{BuildSettings, Doing, Model, ModelError, Parameter, Weight, init::extents, random::SplitMix64};
 use crate::config::{ALL_LINEAR, LoraConfig, ModelKind, Precision};
 
 /// The beginning of the names of PEFT's parameters, before the layer's own name.
@@ -55,11 +55,11 @@ impl Adapter {
 
 /// A linear layer that has an adapter.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Target {
+pub(super) struct Target {
     /// The name of its weights.
-    weight: String,
-    rows: u64,
-    columns: u64,
+    pub weight: String,
+    pub rows: u64,
+    pub columns: u64,
 }
 
 /// The last part of a layer's name: `q_proj`.
@@ -72,7 +72,7 @@ fn short(weight: &str) -> &str {
 ///
 /// # Errors
 /// On a name that no linear layer of a block has.
-fn targets(shapes: &[(String, Vec<u64>)], lora: &LoraConfig) -> Result<Vec<Target>, ModelError> {
+pub(super) fn targets(shapes: &[(String, Vec<u64>)], lora: &LoraConfig) -> Result<Vec<Target>, ModelError> {
     let linear = shapes.iter().filter_map(|(name, shape)| match shape.as_slice() {
         &[rows, columns] if name.contains(".layers.") && name.ends_with("_proj.weight") => {
             Some(Target { weight: name.clone(), rows, columns })
@@ -93,7 +93,7 @@ fn targets(shapes: &[(String, Vec<u64>)], lora: &LoraConfig) -> Result<Vec<Targe
 }
 
 /// The different last parts of the layers' names, in order.
-fn of_each_block(layers: &[Target]) -> Vec<&str> {
+pub(super) fn of_each_block(layers: &[Target]) -> Vec<&str> {
     let mut names: Vec<&str> = Vec::new();
     for name in layers.iter().map(|layer| short(&layer.weight)) {
         if !names.contains(&name) {
@@ -180,11 +180,6 @@ fn fresh(target: &Target, rank: u32, settings: &BuildSettings) -> Result<[Tensor
 fn uniform(seed: u64, name: &str, len: u64, bound: f64) -> Vec<f32> {
     let mut random = SplitMix64::named(seed, name);
     (0..len).map(|_| ((2.0 * random.next_f64() - 1.0) * bound) as f32).collect()
-}
-
-/// Extents of a model are far below 2^63: its description bounds them.
-fn extents(shape: &[u64]) -> Vec<i64> {
-    shape.iter().map(|&extent| i64::try_from(extent).unwrap_or(i64::MAX)).collect()
 }
 
 /// Merges the adapters into the base of a model in fp32, W + scale · B·A, and rounds each weight of the base once, to

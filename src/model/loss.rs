@@ -47,7 +47,18 @@ fn chunk_rows(hidden: &Tensor, weight: &Weight, targets: &Targets) -> Result<i64
         return Err(ModelError::Input { what: "targets", reason });
     }
     let vocabulary = weight.values().size().first().copied().unwrap_or(0);
-    Ok((chunk_bytes(hidden.device()) / (4 * vocabulary.max(1))).max(128))
+    Ok(rows_of(chunk_bytes(hidden.device()), vocabulary))
+}
+
+/// The rows of scores in one chunk.
+fn rows_of(bytes: i64, vocabulary: i64) -> i64 {
+    (bytes / (4 * vocabulary.max(1))).max(128)
+}
+
+/// The rows of scores that are in memory at a time, of a vocabulary of this size; on a GPU or on a CPU.
+pub(super) fn rows(on_gpu: bool, vocabulary: u64) -> u64 {
+    let device = if on_gpu { Device::Cuda(0) } else { Device::Cpu };
+    rows_of(chunk_bytes(device), i64::try_from(vocabulary).unwrap_or(i64::MAX / 4)).unsigned_abs()
 }
 
 /// The cross entropy of each of `targets`, in their order: fp32 `[count]`, without gradients. Arguments as in

@@ -27,6 +27,7 @@ mod init;
 mod keys;
 pub mod lora;
 mod loss;
+pub mod memory;
 pub mod random;
 mod rope;
 mod spans;
@@ -169,6 +170,12 @@ pub trait Leaves: Send {
     /// The device that it computes on.
     fn device(&self) -> Device;
 
+    /// The first values of a parameter that has none yet ([`build_bare`]), by its number: fp32, on the CPU. `None`: it
+    /// has its values.
+    fn first_values(&self, _parameter: usize) -> Result<Option<Tensor>, ModelError> {
+        Ok(None)
+    }
+
     /// Whether each weight is used in the type of the matrix products alone: then copies that are rounded to that type
     /// give the same results.
     fn needs_rounded_weights_only(&self) -> bool {
@@ -207,6 +214,11 @@ pub trait Model: Leaves {
 
     /// The last stage otherwise: fp32 scores of the next token for the last block's vectors.
     fn head_scores(&self, x: Tensor, positions: Positions) -> Result<Tensor, ModelError>;
+
+    /// The name of LibTorch's kernel that computes attention over `length` tokens: for logs. `None`: not known.
+    fn attention_kernel(&self, _length: u32) -> Result<Option<&'static str>, ModelError> {
+        Ok(None)
+    }
 
     /// The number of tokens in the vocabulary.
     fn vocab_size(&self) -> u32;
@@ -266,6 +278,16 @@ pub fn build(
     settings: &BuildSettings,
 ) -> Result<Box<dyn Model>, ModelError> {
     Ok(Box::new(decoder::Decoder::new(describe(kind, config)?, settings)?))
+}
+
+/// The same with parameters that have extents and no values, for a strategy that keeps a part of each: the whole model
+/// is never in the device's memory. [`Leaves::first_values`] has the values that [`build`] gives.
+pub fn build_bare(
+    kind: ModelKind,
+    config: &serde_json::Value,
+    settings: &BuildSettings,
+) -> Result<Box<dyn Model>, ModelError> {
+    Ok(Box::new(decoder::Decoder::bare(describe(kind, config)?, settings)?))
 }
 
 /// Reads and checks a description.

@@ -79,8 +79,8 @@ impl RopeTable {
         let table = match grown.take() {
             Some(table) if table.cos.size().first().is_some_and(|&have| have >= len) => table,
             _ => {
-                let positions = u64::try_from(len).unwrap_or(0).next_power_of_two().max(128);
-                let positions = i64::try_from(positions).unwrap_or(len).min(self.max_positions).max(len);
+                let [len, most] = [len, self.max_positions].map(|count| u64::try_from(count).unwrap_or(0));
+                let positions = i64::try_from(positions(len, most)).unwrap_or(i64::MAX);
                 self.compute(positions).doing("compute rotary table")?
             }
         };
@@ -120,6 +120,11 @@ impl RopeTable {
         let (cos, sin) = (table(&cos, &cos)?, table(&sin.f_neg()?, &sin)?);
         Ok(Turns { cos, sin, width: self.width, head: self.head })
     }
+}
+
+/// The positions of a table that is made for sequences of `len`, of a model that has `most`.
+pub(super) fn positions(len: u64, most: u64) -> u64 {
+    len.next_power_of_two().max(128).min(most).max(len)
 }
 
 /// Llama 3.1's stretching of one frequency (radians per position); Hugging Face `_compute_llama3_parameters`.

@@ -652,7 +652,7 @@ impl Runner {
     ) -> Result<Duration> {
         match restart::decide(deaths, &self.resolved.config.restart) {
             restart::Verdict::GiveUp { reason, out_of_memory } => {
-                let less_memory = out_of_memory.then(|| self.resolved.workload.less_memory(&self.run_id));
+                let less_memory = out_of_memory.then(|| self.resolved.workload.less_memory(&self.run_id, why));
                 let error = restart::given_up(format!("{reason}: {why}"), less_memory, &self.run_id);
                 if error.kind() != Kind::Unavailable {
                     self.append_last(Record::Failed { generation, step, reason: error.to_string() }).await;

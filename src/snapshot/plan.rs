@@ -724,6 +724,25 @@ mod tests {
         assert_eq!(of(&[whole, part(&[4, 4], 0, 0, 16)]), twice);
     }
 
+    /// The list says which elements a part has; its order says nothing.
+    #[test]
+    fn the_parts_of_a_weight_have_their_places_in_whatever_order_they_are_listed() {
+        let listed = in_parts(&sample(), 3);
+        for tensors in [listed.iter().rev().cloned().collect::<Vec<_>>(), listed.clone()] {
+            let plans = plan(&tensors, WorldSize(3), 4096).unwrap();
+            assert_eq!(files(&tensors, &plans), files(&listed, &plan(&listed, WorldSize(3), 4096).unwrap()));
+            let stored = stored(&tensors, WorldSize(3)).unwrap();
+            for one in stored.iter().filter(|one| one.in_parts) {
+                let begins: Vec<u64> = one.tensors.iter().map(|&at| tensors[at].part.unwrap().begin).collect();
+                assert!(begins.is_sorted() && begins[0] == 0, "{}: {begins:?}", one.name);
+            }
+            // A placement names the part with the first element.
+            for place in plans.iter().flat_map(|plan| &plan.shards).flat_map(|shard| &shard.tensors) {
+                assert_eq!(tensors[place.tensor].part.map_or(0, |part| part.begin), 0);
+            }
+        }
+    }
+
     #[test]
     fn a_weight_in_parts_stays_on_one_node() {
         let tensors = in_parts(&sample(), 3);

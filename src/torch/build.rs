@@ -12,7 +12,7 @@ use std::{
 /// The LibTorch that `tch` 0.24 is made for; the shim uses this version's class layouts.
 const TORCH_VERSION: &str = "2.11.0";
 
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 10] = [
     "defaults.cpp",
     "group.cpp",
     "math.cpp",
@@ -20,6 +20,7 @@ const SOURCES: [&str; 9] = [
     "fused.cpp",
     "device.cpp",
     "clock.cpp",
+    "memory.cpp",
     "transfer.cpp",
     "signals.cpp",
 ];

@@ -6,7 +6,7 @@
 
 use std::ptr;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{
     Result,
@@ -16,9 +16,14 @@ use super::{
 
 /// A leaf for a copy: fp32, of its extents and device, requiring a gradient, with the memory of one element.
 pub fn leaf_like(copy: &Tensor) -> Result<Tensor> {
+    bare_leaf(&copy.size(), copy.device())
+}
+
+/// A leaf that has extents and no values: fp32, requiring a gradient, with the memory of one element.
+pub fn bare_leaf(extents: &[i64], device: Device) -> Result<Tensor> {
     let _no_grad = tch::no_grad_guard();
-    let made = Tensor::f_zeros([1], (Kind::Float, copy.device()))
-        .and_then(|one| one.f_expand(copy.size(), false)?.f_detach()?.f_set_requires_grad(true));
+    let made = Tensor::f_zeros([1], (Kind::Float, device))
+        .and_then(|one| one.f_expand(extents, false)?.f_detach()?.f_set_requires_grad(true));
     tch_result("make a leaf", made)
 }
 

@@ -147,6 +147,10 @@ unsafe extern "C" {
         device: i32,
         out: *mut *mut GroupHandle,
     ) -> i32;
+    #[cfg(test)]
+    pub(super) fn trn_group_share(group: *const GroupHandle, out: *mut *mut GroupHandle) -> i32;
+    #[cfg(test)]
+    pub(super) fn trn_group_begun(group: *const GroupHandle, out: *mut u64) -> i32;
     pub(super) fn trn_group_set_timeout(group: *const GroupHandle, timeout_ms: i64) -> i32;
     pub(super) fn trn_group_free(group: *mut GroupHandle) -> i32;
     pub(super) fn trn_group_all_reduce_sum(group: *const GroupHandle, tensor: *const AtTensor) -> i32;
@@ -212,6 +216,10 @@ unsafe extern "C" {
     pub(super) fn trn_clock_watch(clock: *mut ClockHandle, index: usize) -> i32;
     pub(super) fn trn_clock_noted(clock: *const ClockHandle, out: *mut i32) -> i32;
     pub(super) fn trn_forbid_waits(on: i32) -> i32;
+    #[cfg(test)]
+    pub(super) fn trn_count_memory() -> i32;
+    #[cfg(test)]
+    pub(super) fn trn_counted_memory(now: *mut u64, peak: *mut u64, again: i32) -> i32;
     pub(super) fn trn_device_memory(index: i32, out: *mut DeviceMemory) -> i32;
     pub(super) fn trn_device_name(index: i32, name: *mut c_char, room: usize, capability: *mut i32) -> i32;
     pub(super) fn trn_readback_new(device: i32, count: usize, out: *mut *mut ReadbackHandle) -> i32;

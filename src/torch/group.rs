@@ -184,6 +184,24 @@ impl ProcessGroup {
         check("set a time limit", unsafe { ffi::trn_group_set_timeout(self.handle, millis(timeout)) })
     }
 
+    /// The same group, for whoever counts what another owner does.
+    #[cfg(test)]
+    pub(crate) fn share(&self) -> Result<Self> {
+        let mut handle = ptr::null_mut();
+        // SAFETY: pointers are valid for the call; the new handle is freed on its own.
+        check("share a group", unsafe { ffi::trn_group_share(self.handle, &mut handle) })?;
+        Ok(Self { handle, rank: self.rank, world: self.world })
+    }
+
+    /// How many collectives this rank has begun, a reducer's among them.
+    #[cfg(test)]
+    pub(crate) fn begun(&self) -> Result<u64> {
+        let mut begun = 0;
+        // SAFETY: the group is alive for the call, and the pointer is valid.
+        check("count collectives", unsafe { ffi::trn_group_begun(self.handle, &mut begun) })?;
+        Ok(begun)
+    }
+
     /// Replaces `tensor` on every rank by the sum over the ranks. Contiguous, the same extents and type everywhere.
     pub fn all_reduce_sum(&self, tensor: &mut Tensor) -> Result<()> {
         // SAFETY: both are alive for the call.
@@ -428,6 +446,29 @@ pub(crate) mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn every_collective_is_counted() {
+        let counts = ranks(2, LIMIT, |group| {
+            let zeros = |len: i64| Tensor::zeros([len], (Kind::Float, Device::Cpu));
+            let mut counts = vec![group.begun().unwrap()];
+            group.all_reduce_sum(&mut zeros(4)).unwrap();
+            counts.push(group.begun().unwrap());
+            group.broadcast(&mut zeros(4), Rank(1)).unwrap();
+            counts.push(group.begun().unwrap());
+            let (flat, into) = (zeros(4), zeros(2));
+            group.all_gather(&flat).unwrap().wait().unwrap();
+            counts.push(group.begun().unwrap());
+            group.all_gather_from(&flat, &into).unwrap().wait().unwrap();
+            counts.push(group.begun().unwrap());
+            group.reduce_scatter(&flat, &into).unwrap().finish().unwrap();
+            counts.push(group.begun().unwrap());
+            group.barrier().unwrap();
+            counts.push(group.begun().unwrap());
+            counts
+        });
+        assert!(counts.iter().all(|counts| counts.windows(2).all(|pair| pair[0] < pair[1])), "{counts:?}");
     }
 
     #[test]

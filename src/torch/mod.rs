@@ -21,6 +21,8 @@ mod copies;
 mod ffi;
 pub mod fused;
 mod group;
+#[cfg(test)]
+pub(crate) mod memory;
 mod optim;
 mod reducer;
 mod runtime;
@@ -35,7 +37,7 @@ use crate::{
 pub use bytes::{Mapped, Pinned, byte_len, load_bytes, store_bytes};
 pub use clock::{Clock, DeviceKind, DeviceMemory, device_kind, device_memory, forbid_waits};
 pub use copier::{Copied, CopyJob, CopyTicket, HostCopier};
-pub use copies::{Known, copy_at_use, copy_lookup, leaf_like, with_gradients};
+pub use copies::{Known, bare_leaf, copy_at_use, copy_lookup, leaf_like, with_gradients};
 #[cfg(test)]
 pub(crate) use group::tests::{LIMIT, ranks};
 pub use group::{Backend, Pending, ProcessGroup, Reducing, Store};

@@ -77,6 +77,11 @@ impl Batches {
         Ok(Self { reader: Reader::new(source, order), passes, held_out, batch: None, sources: Vec::new() })
     }
 
+    /// Tokens of a sequence.
+    pub fn length(&self) -> u32 {
+        self.reader.source().length
+    }
+
     /// How this rank's sequences of a step are spread over passes.
     pub fn passes(&self) -> Passes {
         self.passes

@@ -6,9 +6,9 @@ use std::ops::Range;
 
 use tch::Tensor;
 
-use super::{Batches, Place};
+use super::{Batches, Place, strategy};
 use crate::{
-    config::{ModelConfig, Passes, Spread, TrainConfig},
+    config::{ModelConfig, ParallelConfig, Passes, Spread, TrainConfig},
     error::{Context, Error, Kind, Result},
     ids::Step,
     model::{self, Batch, BuildSettings, Leaves, Model},
@@ -118,14 +118,29 @@ pub struct Language {
 impl Language {
     /// The model of `model`, with fresh weights if they are to be drawn (`draw`); otherwise with arbitrary ones, which
     /// are loaded afterwards. If there are adapters, they are what is drawn; their base is loaded in any case.
-    pub fn new(model: &ModelConfig, train: &TrainConfig, place: Place, draw: bool, batches: Batches) -> Result<Self> {
+    pub fn new(
+        model: &ModelConfig,
+        train: &TrainConfig,
+        parallel: &ParallelConfig,
+        place: Place,
+        draw: bool,
+        batches: Batches,
+    ) -> Result<Self> {
         let settings =
             BuildSettings { device: place.device, precision: train.precision, seed: draw.then_some(train.seed) };
         let model = match &model.lora {
+            None if strategy::keeps_parts(parallel, place.world) => {
+                model::build_bare(model.kind, &model.config, &settings)
+            }
             None => model::build(model.kind, &model.config, &settings),
             Some(lora) => model::lora::build(model.kind, &model.config, &settings, lora),
         };
         let mut model = model.context("build model")?;
+        if place.device.is_cuda()
+            && let Some(kernel) = model.attention_kernel(batches.length())?
+        {
+            tracing::info!("attention is computed by LibTorch's {kernel} kernel");
+        }
         if train.fused {
             let Verified { fused, left_out } = fused::verified(place.device);
             for problem in left_out {

@@ -24,6 +24,7 @@
 mod activations;
 mod batch;
 mod lesson;
+pub mod memory;
 mod optim;
 mod partition;
 mod reader;

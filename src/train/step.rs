@@ -251,6 +251,7 @@ mod tests {
     mod ahead;
     mod device_tests;
     mod marked;
+    mod saves;
     mod sound;
 
     use std::ops::RangeInclusive;
@@ -375,7 +376,7 @@ mod tests {
         }
         let dataset = Dataset::open(run.folder.path()).unwrap();
         let batches = Batches::new(dataset, run.data.sequence_length, &run.train, place).unwrap();
-        let lesson = Language::new(&run.model, &train, place, true, batches).unwrap().with_model(wrap);
+        let lesson = Language::new(&run.model, &train, &run.parallel, place, true, batches).unwrap().with_model(wrap);
         let mut built = Built::new(Box::new(lesson), train, &run.parallel, place).unwrap();
         if let Some(files) = from {
             built.state.load(files, false).unwrap();

@@ -13,6 +13,7 @@ pub mod device;
 pub mod gate;
 pub mod task;
 
+mod fitting;
 mod link;
 mod patience;
 mod reports;
@@ -26,6 +27,7 @@ use std::{
 };
 
 use self::{
+    fitting::Fitting,
     gate::{Save, StepGate},
     link::Link,
     patience::{After, Patience},
@@ -87,11 +89,15 @@ struct Worker {
     stalled: Duration,
     /// Whether measured states wait for the agent's verdict.
     may_stop_early: bool,
+    fitting: Fitting,
 }
 
 impl Worker {
     fn train(mut self, orders: link::Orders, saves: &[SaveOrder], measure: bool) -> Result<Never> {
-        let ended = self.run(orders, saves, measure);
+        let ended = self.run(orders, saves, measure).map_err(|error| match is_out_of_memory(&error.to_string()) {
+            true => error.context(self.fitting.words()),
+            false => error,
+        });
         if ended.is_err() {
             // The step before the error is finished, and whoever hears of the error has heard of that.
             // If its numbers can't be read any more, the error itself is what counts.
@@ -128,6 +134,8 @@ impl Worker {
             let step = self.done.next();
             faults::check("worker.step", At { rank: Some(self.rank.get()), step: Some(step.get()) })
                 .map_err(injected)?;
+            faults::check("worker.memory", At { rank: Some(self.rank.get()), step: Some(step.get()) })
+                .map_err(|fault| Error::new(Kind::Config, format!("{fault}: out of memory")))?;
 
             if let Some(limit) = self.patience.change(after) {
                 self.training.set_patience(limit)?;

@@ -15,6 +15,7 @@ use bytes::Bytes;
 
 use super::{
     Worker, device,
+    fitting::Fitting,
     link::{Link, Orders},
     patience::{self, Patience},
     reports::{Reports, usage::Gauge},
@@ -59,7 +60,7 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let lesson: Box<dyn Lesson> = match task.model.task() {
         None => {
             let batches = Batches::new(dataset(&data_dir, &data)?, task.data.sequence_length, &task.train, place)?;
-            Box::new(Language::new(&task.model, &task.train, place, draw, batches)?)
+            Box::new(Language::new(&task.model, &task.train, &task.parallel, place, draw, batches)?)
         }
         Some(own) => Box::new(Own::new(opened(&own, &data)?, &task.train, place, draw)?),
     };
@@ -113,8 +114,21 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let stalled = Duration::ZERO;
     let gauge = Gauge::new(place.device, task.train.precision, task.parallel.peak_tflops, done)?;
     let reports = Reports::new(place.device, gauge)?;
-    let worker =
-        Worker { link, rank, done, last, training, capture, replicated, patience, reports, stalled, may_stop_early };
+    let fitting = Fitting::new(task, place);
+    let worker = Worker {
+        link,
+        rank,
+        done,
+        last,
+        training,
+        capture,
+        replicated,
+        patience,
+        reports,
+        stalled,
+        may_stop_early,
+        fitting,
+    };
     Ok((worker, saves, measure))
 }
 

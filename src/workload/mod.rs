@@ -66,6 +66,7 @@ use crate::{
     ids::{DatasetId, Generation, LocalRank, NodeRanks, RunId, Step, WorldSize},
     layout,
     protocol::Assignment,
+    shortage,
     snapshot::image::SharedImage,
     storage::Store,
     worker::task::Task,
@@ -241,9 +242,9 @@ impl Workload {
         Ok(files)
     }
 
-    /// Hint for a run whose workers have too little memory.
-    pub fn less_memory(&self, run_id: &RunId) -> String {
-        words::less_memory(run_id, &self.task.train, self.workers)
+    /// Hint for a run whose workers have too little memory; `why` is what they said.
+    pub fn less_memory(&self, run_id: &RunId, why: &str) -> String {
+        words::less_memory(run_id, &self.task.train, self.workers, shortage::fitting(why))
     }
 }
 

@@ -34,13 +34,18 @@ pub fn beyond(run_id: &RunId, step: Step, last: Step) -> Error {
     )
 }
 
-/// Hint for a run whose workers have too little memory.
-pub fn less_memory(run_id: &RunId, train: &TrainConfig, workers: u32) -> String {
+/// Hint for a run whose workers have too little memory. `fitting`: the micro-batch that a worker says would fit.
+pub fn less_memory(run_id: &RunId, train: &TrainConfig, workers: u32, fitting: Option<u32>) -> String {
     let spread = Spread::new(train.global_batch, WorldSize(workers), train.max_micro_batch);
     match spread.map_or(train.max_micro_batch, Spread::largest_pass) {
         0 | 1 => format!(
             "a micro-batch is one sequence already: carry on where each worker has more memory, or with more workers \
              (--nproc-per-node), which share the optimizer's state: trainer resume --run-id {run_id}"
+        ),
+        most if fitting.is_some_and(|fitting| (1..most).contains(&fitting)) => format!(
+            "lower the micro-batch to the largest that would fit: trainer resume --run-id {run_id} --set \
+             train.max_micro_batch={}; the global batch stays as it is",
+            fitting.unwrap_or(1)
         ),
         most => format!(
             "halve the micro-batch: trainer resume --run-id {run_id} --set train.max_micro_batch={}; the global batch \
@@ -71,14 +76,16 @@ mod tests {
         };
         let run: RunId = "r1".parse().unwrap();
         // 32 sequences by 2 workers: 16 each, in passes of 8.
-        let hint = less_memory(&run, &train(32, 9), 2);
+        let hint = less_memory(&run, &train(32, 9), 2, None);
         assert!(hint.contains("trainer resume --run-id r1 --set train.max_micro_batch=4;"), "{hint}");
         // By 5 workers: 6 or 7 each, the latter in passes of 4 and 3 if they may have 6.
         for most in [9, 6] {
-            let hint = less_memory(&run, &train(32, most), 5);
+            let hint = less_memory(&run, &train(32, most), 5, Some(most + 1));
             assert!(hint.contains("--set train.max_micro_batch=3;"), "{hint}");
         }
-        let hint = less_memory(&run, &train(4, 1), 2);
+        let hint = less_memory(&run, &train(32, 9), 2, Some(5));
+        assert!(hint.contains("trainer resume --run-id r1 --set train.max_micro_batch=5;"), "{hint}");
+        let hint = less_memory(&run, &train(4, 1), 2, None);
         assert!(hint.contains("--nproc-per-node"), "{hint}");
     }
 

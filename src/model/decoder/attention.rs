@@ -75,6 +75,28 @@ impl Attention {
         })
     }
 
+    /// The kernel that LibTorch chooses for attention within documents of `len` tokens, without a window, in training.
+    pub fn kernel(&self, len: i64, width: i64) -> Result<&'static str, TchError> {
+        let repeats = self.device.is_cuda() && self.precision == Precision::Fp32;
+        let shared = if repeats { self.heads } else { self.shared };
+        let make = |heads: i64| {
+            let zeros = Tensor::f_zeros([1, len, heads, width], (kind(self.precision), self.device))?;
+            zeros.f_set_requires_grad(true)?.f_transpose(1, 2)
+        };
+        let (query, key, value) = (make(self.heads)?, make(shared)?, make(shared)?);
+        let shares = shared != self.heads;
+        let chosen =
+            Tensor::f_internal_fused_sdp_choice(&query, &key, &value, None::<&Tensor>, 0.0, true, self.scale, shares)?;
+        // at::SDPBackend.
+        Ok(match chosen {
+            0 => "math",
+            1 => "flash",
+            2 => "efficient",
+            3 => "cudnn",
+            _ => "none",
+        })
+    }
+
     /// Attention over a window shorter than the document, in pieces; all tensors are `[batch, heads, T, width]`.
     fn windowed(
         &self,
@@ -108,13 +130,24 @@ impl Attention {
             return Ok(mask.shallow_clone());
         }
         let _no_grad = tch::no_grad_guard();
-        let extents = [piece(window), piece(window) + window - 1];
+        let extents = mask_extents(window);
         let inside = Tensor::f_ones(extents, (Kind::Bool, Device::Cpu))?.f_triu(0)?.f_tril(window - 1)?;
         let outside = Tensor::f_full(extents, f64::NEG_INFINITY, (kind(self.precision), Device::Cpu))?;
         let mask = outside.f_masked_fill(&inside, 0.0)?.f_to_device(self.device)?;
         masks.push((window, mask.shallow_clone()));
         Ok(mask)
     }
+}
+
+/// Queries and keys of a window's mask.
+const fn mask_extents(window: i64) -> [i64; 2] {
+    [piece(window), piece(window) + window - 1]
+}
+
+/// Elements of the mask of a window that is shorter than the sequences.
+pub(in crate::model) const fn mask_elements(window: i64) -> u64 {
+    let [queries, keys] = mask_extents(window);
+    (queries * keys).unsigned_abs()
 }
 
 /// Queries of a piece.

@@ -174,7 +174,7 @@ const MAX_EMBEDDING: u64 = i32::MAX as u64;
 const MAX_PARAMETERS: u64 = 1 << 40;
 
 /// The names of a block's norms, each where it stands.
-pub(super) struct NormNames {
+pub(in crate::model) struct NormNames {
     pub before_attention: Option<&'static str>,
     pub after_attention: Option<&'static str>,
     pub before_mlp: Option<&'static str>,
@@ -183,7 +183,7 @@ pub(super) struct NormNames {
 
 impl Placement {
     /// Hugging Face's names: `post_attention_layernorm` has stood in each of three places.
-    pub(super) const fn names(self) -> NormNames {
+    pub(in crate::model) const fn names(self) -> NormNames {
         match self {
             Self::Before => NormNames {
                 before_attention: Some("input_layernorm"),
@@ -245,7 +245,7 @@ impl DecoderConfig {
     }
 
     /// Width of all key heads together, which is that of the value heads, too.
-    pub(super) fn key_width(&self) -> u64 {
+    pub(in crate::model) fn key_width(&self) -> u64 {
         u64::from(self.num_key_value_heads) * u64::from(self.head_dim)
     }
 

@@ -16,6 +16,7 @@ use std::collections::HashMap;
 
 use tch::{Device, Kind, TchError, Tensor};
 
+pub(super) use self::attention::mask_elements;
 use self::{
     attention::Attention,
     config::{
@@ -31,7 +32,10 @@ use super::{
 };
 use crate::{
     config::Precision,
-    torch::fused::{self, Fused},
+    torch::{
+        self,
+        fused::{self, Fused},
+    },
 };
 
 /// A decoder on one device.
@@ -49,6 +53,8 @@ pub struct Decoder {
     ropes: Vec<RopeTable>,
     /// What is computed in one pass, in place of LibTorch's operations.
     fused: Fused,
+    /// `Some`: the parameters have no values yet; how to make them.
+    bare: Option<BuildSettings>,
 }
 
 /// The parameters, each where it is used.
@@ -168,6 +174,15 @@ impl Decoder {
         Self::with(config, settings, |name, shape| init::fresh(&shapes, name, shape, settings).map(Weight::Leaf))
     }
 
+    /// A model whose parameters have extents and no values yet: see [`Leaves::first_values`].
+    pub(super) fn bare(config: DecoderConfig, settings: &BuildSettings) -> Result<Self, ModelError> {
+        let leaf = |_: &str, shape: &[u64]| {
+            let leaf = torch::bare_leaf(&init::extents(shape), settings.device).map_err(refused)?;
+            Ok(Weight::Leaf(leaf))
+        };
+        Ok(Self { bare: Some(*settings), ..Self::with(config, settings, leaf)? })
+    }
+
     /// A model with the weights that `make` gives for a name and extents.
     pub(super) fn with(
         config: DecoderConfig,
@@ -191,6 +206,7 @@ impl Decoder {
             attention: Attention::new(&config, settings),
             ropes: ropes.collect(),
             fused: Fused::NONE,
+            bare: None,
             precision: settings.precision,
             device: settings.device,
             embedding_scale: config.embedding_scale.map(|scale| rounded(scale, settings.precision)),
@@ -392,12 +408,20 @@ impl Leaves for Decoder {
         for (own, weight) in self.parameters.iter_mut().zip(weights) {
             own.weight = weight;
         }
+        self.bare = None;
         self.parts = Parts::assemble(&self.config, &self.parameters, self.adapted)?;
         Ok(())
     }
 
     fn device(&self) -> Device {
         self.device
+    }
+
+    fn first_values(&self, parameter: usize) -> Result<Option<Tensor>, ModelError> {
+        let (Some(settings), Some(parameter)) = (&self.bare, self.parameters.get(parameter)) else { return Ok(None) };
+        let shape: Vec<u64> = parameter.values().size().into_iter().map(i64::unsigned_abs).collect();
+        let settings = BuildSettings { device: Device::Cpu, ..*settings };
+        init::fresh(&self.config, &parameter.name, &shape, &settings).map(Some).doing("make parameters")
     }
 
     fn needs_rounded_weights_only(&self) -> bool {
@@ -478,6 +502,11 @@ impl Model for Decoder {
             .doing("compute logits")
     }
 
+    fn attention_kernel(&self, length: u32) -> Result<Option<&'static str>, ModelError> {
+        let kernel = self.attention.kernel(length.into(), self.config.head_dim.into());
+        kernel.map(Some).doing("choose an attention kernel")
+    }
+
     fn vocab_size(&self) -> u32 {
         self.config.vocab_size
     }
@@ -488,7 +517,7 @@ impl Model for Decoder {
 }
 
 /// The stage that uses the parameter of this name first.
-fn stage(name: &str) -> Stage {
+pub(super) fn stage(name: &str) -> Stage {
     match layer_of(name) {
         Some(layer) => Stage::Block(layer),
         None if name == EMBEDDING => Stage::Embed,

@@ -328,6 +328,34 @@ fn a_frozen_parameter_gets_no_gradient_and_the_others_get_the_same() {
     }
 }
 
+/// What a strategy takes its part of: the weights of a model that is built whole, without its memory.
+#[test]
+fn a_bare_model_has_the_first_values_of_one_that_is_built() {
+    for seed in [1, 2] {
+        let settings = BuildSettings { device: Device::Cpu, precision: Precision::Bf16, seed: Some(seed) };
+        let described = || families::read(&description(json!({"tie_word_embeddings": true}))).unwrap();
+        let (whole, mut bare) =
+            (Decoder::new(described(), &settings).unwrap(), Decoder::bare(described(), &settings).unwrap());
+        assert!(whole.first_values(0).unwrap().is_none());
+        for (number, (built, bare_one)) in whole.parameters().iter().zip(bare.parameters()).enumerate() {
+            assert_eq!((&built.name, built.values().size()), (&bare_one.name, bare_one.values().size()));
+            assert!(bare_one.values().stride().iter().all(|stride| *stride == 0), "it has memory");
+            assert_eq!(values(&bare.first_values(number).unwrap().unwrap()), values(built.values()));
+        }
+        let weights = whole.parameters().iter().map(|parameter| parameter.weight.share()).collect();
+        bare.set_parameters(weights).unwrap();
+        assert!(bare.first_values(0).unwrap().is_none());
+    }
+}
+
+#[test]
+fn the_kernel_that_computes_attention_has_a_name() {
+    for precision in [Precision::Fp32, Precision::Bf16] {
+        let kernel = make(json!({}), precision, 1).attention_kernel(9).unwrap();
+        assert!(matches!(kernel, Some("flash" | "math")), "{kernel:?}");
+    }
+}
+
 #[test]
 fn tokens_that_do_not_fit_are_errors() {
     let model = fp32(json!({}));

@@ -397,6 +397,16 @@ int32_t trn_group_set_timeout(const Group* group, int64_t timeout_ms) {
   return guarded([&] { group->group->setTimeout(milliseconds(timeout_ms)); });
 }
 
+// Another handle to the same group.
+int32_t trn_group_share(const Group* group, Group** out) {
+  return guarded([&] { *out = new Group{group->group, group->device}; });
+}
+
+// How many collectives were begun in the group by this rank.
+int32_t trn_group_begun(const Group* group, uint64_t* out) {
+  return guarded([&] { *out = group->group->getSequenceNumberForGroup(); });
+}
+
 int32_t trn_group_free(Group* group) {
   return guarded(Touches::kNetwork, [&] { delete group; });
 }

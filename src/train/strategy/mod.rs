@@ -36,6 +36,7 @@ use std::{fmt, time::Duration};
 
 use tch::{Device, TchError, Tensor};
 
+pub(super) use self::shard::{rooms, stage_partition};
 pub use self::stages::Stages;
 use super::{optim::Brake, state::State};
 use crate::{
@@ -140,16 +141,21 @@ const FIRST_BUCKET: u64 = 1 << 20;
 
 /// Sizes of the buckets in which gradients are reduced, bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Buckets {
-    first: u64,
-    rest: u64,
+pub(super) struct Buckets {
+    pub first: u64,
+    pub rest: u64,
 }
 
 impl Buckets {
-    fn of(mib: u32) -> Self {
+    pub fn of(mib: u32) -> Self {
         let rest = u64::from(mib) << 20;
         Self { first: rest.min(FIRST_BUCKET), rest }
     }
+}
+
+/// Whether a rank keeps a part of each weight, so that it need not have any of them whole.
+pub fn keeps_parts(config: &ParallelConfig, world: WorldSize) -> bool {
+    world.get() > 1 && config.strategy == config::Strategy::Shard
 }
 
 /// Makes the state of `model` as `config` and the world want it, with moments of zero. The model's tensors may be

@@ -84,6 +84,31 @@ const fn room(stage: Stage, tied: bool) -> usize {
 }
 const ROOMS: usize = 4;
 
+/// The buckets of parameters of these stages, which the head may read as well, and these lengths: one for each stage,
+/// in their order.
+pub fn stage_partition(places: &[(Stage, bool)], lens: &[u64], world: WorldSize) -> (Partition, Vec<(Stage, bool)>) {
+    let mut stages: BTreeMap<Stage, (Vec<usize>, bool)> = BTreeMap::new();
+    for (param, &(stage, is_tied)) in places.iter().enumerate() {
+        let (params, tied) = stages.entry(stage).or_default();
+        params.push(param);
+        *tied |= is_tied;
+    }
+    let groups: Vec<Vec<usize>> = stages.values().map(|(params, _)| params.clone()).collect();
+    let stages = stages.into_iter().map(|(stage, (_, tied))| (stage, tied)).collect();
+    (Partition::of(&groups, lens, world), stages)
+}
+
+/// The elements that each room has, for stages of so many.
+pub fn rooms(stages: &[(Stage, bool)], sizes: &[u64]) -> [u64; ROOMS] {
+    let tied = stages.iter().any(|(_, tied)| *tied);
+    let mut largest = [0; ROOMS];
+    for ((stage, _), size) in stages.iter().zip(sizes) {
+        let room = &mut largest[room(*stage, tied)];
+        *room = u64::max(*room, *size);
+    }
+    largest
+}
+
 /// Moves this rank's chunks of the trained weights out of the model, which computes in the rooms from here on.
 pub(super) fn lay_out(
     model: &mut dyn Leaves,
@@ -94,24 +119,14 @@ pub(super) fn lay_out(
     let fresh = leaves(model);
     let lens: Vec<u64> = fresh.iter().map(|leaf| leaf.numel() as u64).collect();
     let trained = model.parameters().iter().filter(|parameter| parameter.leaf().is_some());
-    let mut stages: BTreeMap<Stage, (Vec<usize>, bool)> = BTreeMap::new();
-    for (param, parameter) in trained.enumerate() {
-        let (params, tied) = stages.entry(parameter.stage).or_default();
-        params.push(param);
-        *tied |= parameter.tied;
-    }
-    let groups: Vec<Vec<usize>> = stages.values().map(|(params, _)| params.clone()).collect();
-    let partition = Partition::of(&groups, &lens, world);
-    let tied = stages.values().any(|(_, tied)| *tied);
+    let places: Vec<(Stage, bool)> = trained.map(|parameter| (parameter.stage, parameter.tied)).collect();
+    let (partition, stages) = stage_partition(&places, &lens, world);
+    let tied = stages.iter().any(|(_, tied)| *tied);
     let place = |stage| room(stage, tied);
 
     let (kind, device) = (computed_in(precision), model.device());
-    let mut largest = [0; ROOMS];
-    for (stage, bucket) in stages.keys().zip(partition.buckets()) {
-        let room = &mut largest[place(*stage)];
-        *room = u64::max(*room, bucket.chunk * u64::from(world.get()));
-    }
-    let memory = largest.map(|len| {
+    let sizes: Vec<u64> = partition.buckets().iter().map(|bucket| bucket.chunk * u64::from(world.get())).collect();
+    let memory = rooms(&stages, &sizes).map(|len| {
         let zeros = |kind| Tensor::f_zeros([signed(len)], (kind, device));
         Ok(Memory { weights: zeros(kind)?, gradients: zeros(Kind::Float)? })
     });
@@ -119,10 +134,10 @@ pub(super) fn lay_out(
 
     let mut views: Vec<Option<(Tensor, Tensor)>> = fresh.iter().map(|_| None).collect();
     let mut shares = Vec::with_capacity(stages.len());
-    for (number, (&stage, &(_, tied))) in stages.iter().enumerate() {
+    for (number, &(stage, tied)) in stages.iter().enumerate() {
         let room = place(stage);
         let bucket = &partition.buckets()[number];
-        let sizes = (bucket.chunk, partition.chunk(number, rank).1, bucket.chunk * u64::from(world.get()));
+        let sizes = (bucket.chunk, partition.chunk(number, rank).1, sizes[number]);
         let mut make = || {
             let share = Share::new((stage, tied), sizes, (room, &memory[room]))?;
             for member in &bucket.members {
@@ -134,10 +149,15 @@ pub(super) fn lay_out(
         };
         shares.push(torch::tch_result("lay out a block", make())?);
     }
+    let trained = model.parameters().iter().zip(0..).filter(|(parameter, _)| parameter.leaf().is_some());
+    let trained: Vec<usize> = trained.map(|(_, number)| number).collect();
     for piece in partition.pieces(rank) {
         let (share, len) = (&shares[piece.bucket], piece.end - piece.begin);
+        // One parameter at a time: a rank has no memory for all of them.
+        let drawn = model.first_values(trained[piece.param])?;
+        let values = drawn.as_ref().unwrap_or(&fresh[piece.param]);
         let copy = || {
-            let from = part(&fresh[piece.param].f_detach()?.f_view([-1])?, piece.begin, len)?;
+            let from = part(&values.f_detach()?.f_view([-1])?, piece.begin, len)?;
             part(&share.own, piece.at, len)?.f_copy_(&from)?;
             part(&share.weights, piece.at, len)?.f_copy_(&from)
         };

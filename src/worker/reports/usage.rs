@@ -41,11 +41,16 @@ impl Gauge {
         let device = torch::device_memory(self.device)?;
         let device =
             device.map(|torch::DeviceMemory { allocated, reserved, total }| DeviceUsage { allocated, reserved, total });
-        // Figures for people: without them, a worker trains as well.
-        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-        let (host_bytes, host_peak_bytes) = (field(&status, "VmRSS:"), field(&status, "VmHWM:"));
+        let (host_bytes, host_peak_bytes) = host();
         Ok(Some(Usage { peak_flops: self.peak_flops, device, host_bytes, host_peak_bytes }))
     }
+}
+
+/// Bytes of this process in the host's memory, now and at most. Figures for people: without them (0), a worker trains as
+/// well.
+pub(in crate::worker) fn host() -> (u64, u64) {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    (field(&status, "VmRSS:"), field(&status, "VmHWM:"))
 }
 
 fn is_measured(step: Step, begun: Step) -> bool {

@@ -28,6 +28,9 @@ impl Leaves for Loud {
     fn device(&self) -> Device {
         self.inner.device()
     }
+    fn first_values(&self, parameter: usize) -> Result<Option<Tensor>, ModelError> {
+        self.inner.first_values(parameter)
+    }
     fn needs_rounded_weights_only(&self) -> bool {
         self.inner.needs_rounded_weights_only()
     }

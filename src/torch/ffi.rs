@@ -204,6 +204,8 @@ unsafe extern "C" {
     pub(super) fn trn_mark(device: i32, out: *mut *mut MarkHandle) -> i32;
     pub(super) fn trn_mark_free(mark: *mut MarkHandle) -> i32;
     pub(super) fn trn_copy_after(mark: *mut MarkHandle, runs: *const Run, count: usize) -> i32;
+    pub(super) fn trn_copy_wait(mark: *const MarkHandle) -> i32;
+    pub(super) fn trn_copy_hold(mark: *mut MarkHandle) -> i32;
     pub(super) fn trn_clock_new(device: i32, count: usize, out: *mut *mut ClockHandle) -> i32;
     pub(super) fn trn_clock_free(clock: *mut ClockHandle) -> i32;
     pub(super) fn trn_clock_mark(clock: *mut ClockHandle, index: usize) -> i32;

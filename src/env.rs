@@ -7,7 +7,10 @@
 use std::{ffi::OsString, path::PathBuf};
 
 /// Our variables and their meanings. A flag wins over its variable.
-pub const OURS: [(&str, &str); 22] = [
+pub const OURS: [(&str, &str); 27] = [
+    ("TRAINER_ALERT", "who is told when the run ends or needs somebody; as --alert, separated by commas"),
+    ("TRAINER_ALERT_LAG", "the oldest that the newest checkpoint may become; as --alert-lag"),
+    ("TRAINER_ALERT_PING", "a dead man's switch; as --alert-ping"),
     ("TRAINER_ALLOW", "what messages of a queue may name; as --allow, separated by commas"),
     ("TRAINER_AUTO_SCALING_GROUP", "the group of this machine, if its tags can't be read"),
     ("TRAINER_AZURE_METADATA_ENDPOINT", "the address of Azure's metadata service, or `off`"),
@@ -19,6 +22,8 @@ pub const OURS: [(&str, &str); 22] = [
     ("TRAINER_HOST_ROOT", "the folder of the machine's /sys, /proc and /dev, in a container that has them elsewhere"),
     ("TRAINER_LIFECYCLE_HOOK", "the hook of the group that delays this machine's end"),
     ("TRAINER_LOG", "which log lines to write, such as debug or trainer::storage=debug"),
+    ("TRAINER_METRICS_FILE", "the file of the run's figures; as --metrics-file"),
+    ("TRAINER_METRICS_LISTEN", "where the run's figures are served; as --metrics-listen"),
     ("TRAINER_POWER_OFF", "`host`: the host powers the machine off after exit code 0 or 80"),
     ("TRAINER_PREEMPTION_WINDOW", "seconds from a preemption notice to the end of the machine"),
     ("TRAINER_QUEUE", "the queue of `work`; as --queue"),

@@ -31,6 +31,8 @@ pub enum Kind {
     Fenced,
     /// The run has reached a cap: it goes on with a higher one, and with nothing else. Exit code 80.
     Capped,
+    /// The run was started again and again, and no checkpoint came of it. Exit code 81.
+    Fruitless,
 }
 
 impl Kind {
@@ -47,6 +49,7 @@ impl Kind {
             Self::Config => 78,
             Self::Fenced => 79,
             Self::Capped => 80,
+            Self::Fruitless => 81,
         }
     }
 }
@@ -261,6 +264,7 @@ mod tests {
             (Kind::Config, 78),
             (Kind::Fenced, 79),
             (Kind::Capped, 80),
+            (Kind::Fruitless, 81),
         ];
         for (kind, code) in all {
             assert_eq!(kind.exit_code(), code);

@@ -25,6 +25,7 @@ pub mod cli;
 pub mod doctor;
 pub mod queue;
 pub mod boot;
+pub mod alerts;
 pub mod run;
 pub mod agent;
 pub mod rendezvous;

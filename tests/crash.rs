@@ -8,7 +8,7 @@ use rustix::process::{Signal, kill_process};
 use crate::support::{
     lab::{EVERY, Lab},
     proxy::{Fault, Often, Rule},
-    trainer::Running,
+    trainer::{Running, Trainer},
 };
 
 /// A run that has saved after step 16, perhaps also before, and pauses after step 17. The successor of a worker that is
@@ -117,6 +117,29 @@ fn a_snapshot_newer_than_the_checkpoints_is_committed_before_workers_restart_fro
     assert_eq!(life.last("restored").value["from"], "memory", "{}", life.story());
     assert_eq!(life.resumed_from(), 16, "{}", life.story());
     lab.expect_as_undisturbed("newer", &[&life]);
+}
+
+#[test]
+fn a_run_that_starts_again_and_again_without_a_new_checkpoint_is_started_no_more_until_something_is_changed() {
+    let lab = Lab::on_files();
+    let dies = |trainer: Trainer, step: u64| trainer.faults(&format!("journal.before-append=kill@step={step}"));
+    let set = ["--set", "restart.fruitless_starts=2"];
+    // One start with a checkpoint, two without.
+    let mut lives = vec![dies(lab.run("stuck"), 2 * EVERY).args(&set).finish().expect_killed()];
+    for _ in 0..2 {
+        lives.push(dies(lab.resume("stuck"), 2 * EVERY).finish().expect_killed());
+    }
+    let refused = lab.resume("stuck").finish().expect_code(81);
+    let refused = refused.expect_said(&[
+        "run stuck was started 2 times in a row without a new checkpoint",
+        &format!("its newest checkpoint is that of step {EVERY}"),
+        "--set restart.fruitless_starts=3",
+    ]);
+    assert!(refused.events.is_empty(), "nothing was formed: {}", refused.story());
+    // A boot is refused, too; a changed setting, or an earlier checkpoint by name, is a person's will.
+    lab.command(&["boot", "--run-id", "stuck", "--store", &lab.uri()]).finish().expect_code(81);
+    lives.push(lab.resume("stuck").args(&["--set", "restart.fruitless_starts=3"]).finish().expect_code(0));
+    lab.expect_as_undisturbed("stuck", &lives.iter().collect::<Vec<_>>());
 }
 
 #[test]

@@ -57,6 +57,7 @@ mod training;
 mod uneven;
 mod unmounted;
 mod userdata;
+mod watchers;
 mod work;
 mod writers;
 mod zero1;

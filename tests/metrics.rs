@@ -12,7 +12,8 @@ use crate::{
     },
 };
 
-const TENSORBOARD: (&str, &str) = ("tensorboard", include_str!("interop/tensorboard.txt"));
+/// TensorBoard's reader, and Prometheus's.
+pub const TENSORBOARD: (&str, &str) = ("tensorboard", include_str!("interop/tensorboard.txt"));
 
 /// The loss of every step as its last life told it, and the number of that life's generation.
 fn told(lives: &[Finished]) -> BTreeMap<u64, (f64, u64)> {
@@ -37,15 +38,28 @@ fn stored(lab: &Lab, run: &str) -> Vec<Value> {
 
 /// Lives that end at many points of a save, on one, two and three workers.
 fn killed_again_and_again(lab: &Lab, run: &str) -> Vec<Finished> {
+    // Twenty, some of which make no progress.
     let points = [
         ("worker.step", 3),
+        ("worker.step", 1),
+        ("save.after-shard", EVERY),
         ("save.after-shard", EVERY),
         ("journal.before-append", EVERY),
+        ("worker.step", EVERY - 1),
         ("journal.after-append", EVERY),
+        ("worker.step", EVERY + 1),
         ("save.after-manifest", 2 * EVERY),
+        ("save.before-receipt", 2 * EVERY),
         ("save.before-record", 2 * EVERY),
+        ("worker.step", 2 * EVERY - 1),
+        ("journal.before-append", 2 * EVERY),
+        ("journal.after-append", 2 * EVERY),
+        ("worker.step", 2 * EVERY + 3),
+        ("save.after-shard", 3 * EVERY),
         ("journal.after-append", 3 * EVERY),
         ("save.before-receipt", 4 * EVERY),
+        ("worker.step", 4 * EVERY),
+        ("save.before-record", 5 * EVERY),
     ];
     let mut lives = Vec::new();
     for (number, (point, step)) in points.into_iter().enumerate() {

@@ -22,7 +22,7 @@ use std::{collections::BTreeSet, time::Duration};
 use self::{
     audit::{Auditor, Promise, crc64},
     campaign::{Bounds, play},
-    plan::{Action, Disturbance, Garbling, KINDS, Life, Moment, POINTS, Scenario, Weather},
+    plan::{Action, Disturbance, Garbling, KINDS, Life, Moment, POINTS, Scenario, Sharing, Weather},
     random::Random,
     stage::{RUN, undisturbed},
     tally::Tally,
@@ -49,7 +49,7 @@ fn calm(disturbance: Disturbance) -> Life {
 }
 
 fn scenario(on_s3: bool, ranks: u32, lives: Vec<Life>) -> Scenario {
-    Scenario { seed: 0, on_s3, ranks, every: 2, keep: 2, lives }
+    Scenario { seed: 0, on_s3, ranks, sharing: Sharing::Ddp, every: 2, keep: 2, lives }
 }
 
 #[test]
@@ -87,6 +87,27 @@ fn a_run_with_any_process_killed_ends_like_the_undisturbed_one() {
     ));
     for whom in ["agent", "both", "worker"] {
         assert!(tally.kills_of(whom) > 0, "no {whom} was killed: {tally}");
+    }
+}
+
+#[test]
+fn a_run_whose_ranks_share_the_state_ends_like_the_undisturbed_one_whoever_is_killed() {
+    let point = |name: &str| POINTS.iter().find(|point| point.name == name).expect("a crash point");
+    let at = |name| calm(Disturbance::Point { point: point(name), action: Action::Kill, hit: 3 });
+    let saving = Moment { delay: Duration::from_millis(2), ..Moment::after("upload", 9) };
+    for sharing in [Sharing::Zero1, Sharing::Shard] {
+        // Workers that die are restarted within their life, which then comes to the end.
+        let lives = vec![
+            calm(Disturbance::Both(saving)),
+            at("save.after-shard"),
+            calm(Disturbance::Terminate { at: Moment::after("step", 7), kill_after: None }),
+            at("save.after-manifest"),
+            calm(Disturbance::Workers(vec![(Moment::after("step", 9), 1), (Moment::after("checkpoint", 3), 0)])),
+        ];
+        let tally = played(&Scenario { sharing, ..scenario(false, 2, lives) });
+        for whom in ["both", "worker", "save.after-shard", "save.after-manifest"] {
+            assert!(tally.kills_of(whom) > 0, "{sharing:?}: nobody was killed as {whom}: {tally}");
+        }
     }
 }
 
@@ -227,7 +248,7 @@ fn the_auditor_has_its_own_checksum() {
 #[test]
 fn the_auditor_sees_what_is_lost_changed_or_written_twice() {
     let _turn = Turn::take();
-    let (lab, _) = undisturbed(1);
+    let (lab, _) = undisturbed(1, Sharing::Ddp);
     let journal = lab.keys(RUN, "journal/");
     let newest = lab.newest_checkpoint(RUN);
     let weights = lab.keys(RUN, &format!("{newest}/model-")).pop().expect("weights");

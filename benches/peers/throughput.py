@@ -28,10 +28,11 @@ def parse():
     parser.add_argument("--trainer", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="one short round, which proves the script")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="steps of a run, of which the first 3 are not counted")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="shared by the ranks")
     parser.add_argument("--only", default="", help='a part of a name, such as "bf16" or "2 ranks"')
     options = parser.parse_args()
-    options.steps = 6 if options.quick else 15
+    options.steps = options.steps or (6 if options.quick else 15)
     options.rounds = 1 if options.quick else options.rounds
     return options
 
@@ -191,6 +192,8 @@ def main():
                 order = [trainer, pytorch] if number % 2 == 0 else [pytorch, trainer]
                 measured = {}
                 for contender in order:
+                    # What the one before has written is not to be flushed during this one's steps.
+                    os.sync()
                     steps, loss = contender(options, case, scratch)
                     measured[contender.__name__] = {"step_s": statistics.median(steps), "steps_s": steps, "loss": loss}
                     name = f"{contender.__name__:8}"

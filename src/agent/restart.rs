@@ -112,7 +112,8 @@ pub fn standstill(quiet: Duration, usual: Option<Duration>, told: u32, settings:
 mod tests {
     use super::*;
 
-    const SETTINGS: RestartConfig = RestartConfig { max: 4, same_step: 3, backoff: Duration::from_secs(1), hang: None };
+    const SETTINGS: RestartConfig =
+        RestartConfig { max: 4, same_step: 3, backoff: Duration::from_secs(1), hang: None, fruitless_starts: None };
 
     fn died(step: u64) -> Death {
         Death { step: Step(step), out_of_memory: false }

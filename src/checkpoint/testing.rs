@@ -135,7 +135,13 @@ pub fn config() -> RunConfig {
         notice: NoticeConfig { sources: vec![], ..NoticeConfig::default() },
         run: CapsConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
-        restart: RestartConfig { max: 1, same_step: 1, backoff: std::time::Duration::ZERO, hang: None },
+        restart: RestartConfig {
+            max: 1,
+            same_step: 1,
+            backoff: std::time::Duration::ZERO,
+            hang: None,
+            fruitless_starts: None,
+        },
         storage: STORAGE,
         network: NetworkConfig::default(),
     }

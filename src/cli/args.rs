@@ -1,13 +1,18 @@
 //! Arguments shared by several commands.
 
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
 use clap::Args;
 
 use crate::{
+    alerts::{self, Alerts},
     boot::passed::Pattern,
     config::{self, Machine},
-    error::Result,
+    error::{Context, Error, Kind, Result},
     ids::RunId,
+    metrics::{self, Exporter, Places},
     rendezvous::policy::ending::Wait,
+    report::{Listener, Reporter, Screen},
     run::NodeBounds,
     storage::Store,
 };
@@ -125,6 +130,90 @@ impl StoreArg {
     pub fn open(&self) -> Result<Store> {
         super::store::open(self.store.as_deref().unwrap_or(super::store::DEFAULT))
     }
+}
+
+/// Who watches the run from outside.
+#[derive(Clone, Debug, Default, Args)]
+pub(super) struct WatchersArg {
+    /// Serve the run's figures for Prometheus at /metrics: on a port for this machine alone, or on ADDRESS:PORT
+    #[arg(long, env = "TRAINER_METRICS_LISTEN", value_name = "[ADDRESS:]PORT", value_parser = metrics::address,
+          hide_env_values = true)]
+    metrics_listen: Option<SocketAddr>,
+    /// Keep the run's figures in this file, for a node exporter's textfile collector (NAME.prom)
+    #[arg(long, env = "TRAINER_METRICS_FILE", value_name = "FILE", hide_env_values = true)]
+    metrics_file: Option<PathBuf>,
+    // Text: an error of the command line would print a value that may be a secret.
+    /// Tell a web hook (Slack, Discord, JSON) or an SNS topic when the run ends or needs somebody; repeatable
+    #[arg(long, env = "TRAINER_ALERT", value_name = "URL|ARN", value_delimiter = ',', hide_env_values = true)]
+    alert: Vec<String>,
+    /// Ask for this URL each minute in which the run moves: a dead man's switch
+    #[arg(long, env = "TRAINER_ALERT_PING", value_name = "URL", hide_env_values = true)]
+    alert_ping: Option<String>,
+    /// Alert when the newest checkpoint is older than this: a duration such as 2h
+    #[arg(long, env = "TRAINER_ALERT_LAG", value_name = "TIME", value_parser = lag, hide_env_values = true)]
+    alert_lag: Option<Duration>,
+}
+
+/// Who watches, at work.
+#[derive(Debug)]
+pub(super) struct Watchers {
+    exporter: Option<Exporter>,
+    pub alerts: Option<Alerts>,
+}
+
+impl WatchersArg {
+    /// Begins to show figures and to tell people, if they are asked for.
+    pub fn start(&self, run_id: Option<RunId>) -> Result<Watchers> {
+        let wrong = |name: &str, what: String| {
+            Error::new(Kind::Config, format!("{name}: {what}")).with_hint("src/alerts/README.md has examples")
+        };
+        let receivers = self.alert.iter().map(|text| text.parse());
+        let receivers: Result<Vec<_>, String> = receivers.collect();
+        let settings = alerts::Settings {
+            receivers: receivers.map_err(|what| wrong("--alert or TRAINER_ALERT", what))?,
+            ping: self
+                .alert_ping
+                .as_ref()
+                .map(|text| text.parse())
+                .transpose()
+                .map_err(|what| wrong("--alert-ping or TRAINER_ALERT_PING", what))?,
+            lag: self.alert_lag,
+        };
+        let started = Alerts::start(settings, run_id).map_err(|error| Error::from_source(Kind::Bug, error));
+        let alerts = started.context("start the thread of alerts")?;
+        Ok(Watchers { exporter: self.exporter()?, alerts })
+    }
+
+    fn exporter(&self) -> Result<Option<Exporter>> {
+        let places = Places { listen: self.metrics_listen, file: self.metrics_file.clone() };
+        if places == Places::default() {
+            return Ok(None);
+        }
+        let started = Exporter::start(places).map_err(|error| {
+            let at = self.metrics_listen.map_or_else(String::new, |at| format!(" at {at}"));
+            Error::from_source(Kind::Config, error)
+                .context(format!("show figures{at}"))
+                .with_hint("choose another port, such as --metrics-listen 9401")
+        });
+        let (exporter, at) = started?;
+        if let Some(at) = at {
+            tracing::info!("figures for Prometheus: http://{at}/metrics");
+        }
+        Ok(Some(exporter))
+    }
+}
+
+impl Watchers {
+    /// The reporter of one run, whose events they get, and `first`.
+    pub fn reporter(&self, screen: Screen, json: bool, first: Option<Listener>) -> Reporter {
+        let own = [self.exporter.as_ref().map(Exporter::listener), self.alerts.as_ref().map(Alerts::listener)];
+        let mut all: Vec<Listener> = first.into_iter().chain(own.into_iter().flatten()).collect();
+        Reporter::with_listener(screen, json, Box::new(move |event| all.iter_mut().for_each(|one| one(event))))
+    }
+}
+
+fn lag(text: &str) -> Result<Duration, String> {
+    config::parse_duration(text).ok_or_else(|| "expected a duration such as 30m or 2h".into())
 }
 
 /// Parameters that become variables.

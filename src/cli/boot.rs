@@ -6,7 +6,7 @@ use clap::Args;
 use jiff::Timestamp;
 
 use super::{
-    args::{NodesArg, SetArg, SsmArg, Workers, WorkersArg},
+    args::{NodesArg, SetArg, SsmArg, WatchersArg, Workers, WorkersArg},
     run, store,
 };
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     error::{Context, Error, Kind, Result},
     ids::RunId,
     rendezvous::policy::ending::Wait,
-    report::{Reporter, Screen},
+    report::Screen,
     run::{
         Begin, LaunchOptions,
         open::{self, Found},
@@ -69,7 +69,8 @@ Exit codes in addition to those of `trainer run`:
   77  permission denied
   78  no run or configuration is named, or a wrong one
   79  another machine still has the run after --standby
-  80  at its cap: --set run.max_hours=N (or max_wait_hours, max_cost) lets it go on")]
+  80  at its cap: --set run.max_hours=N (or max_wait_hours, max_cost) lets it go on
+  81  started again and again without a new checkpoint")]
 pub struct Boot {
     /// The configuration of a new run: a TOML file, or its URI
     config: Option<String>,
@@ -102,6 +103,8 @@ pub struct Boot {
     /// How long to wait for the NVIDIA driver on a machine with GPUs
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
     device_wait: Duration,
+    #[command(flatten)]
+    watchers: WatchersArg,
     /// Print events as JSON, one object per line
     #[arg(long)]
     json: bool,
@@ -124,9 +127,10 @@ impl Boot {
         };
         drop(stop);
         let Ready { store, run_id, begin, options } = ready;
-        let reporter = Reporter::new(screen, self.json);
+        let watchers = self.watchers.start(Some(run_id.clone()))?;
+        let reporter = watchers.reporter(screen, self.json, None);
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
-        run::launch(reporter, store, run_id, begin, nproc_per_node, options)
+        run::launch(&watchers, reporter, store, run_id, begin, nproc_per_node, options)
     }
 
     /// Finds the run, and waits for the devices that it needs.

@@ -54,6 +54,7 @@ Exit codes:
   78  wrong configuration
   79  another writer has this run
   80  at its cap (run.max_hours, run.max_wait_hours, run.max_cost)
+  81  started again and again without a new checkpoint (restart.fruitless_starts)
 
 TRAINER_LOG filters the log on standard error: debug, or trainer::agent=trace,warn.";
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::{
-    args::{NodesArg, RunArg, SetArg, Workers, WorkersArg},
+    args::{NodesArg, RunArg, SetArg, WatchersArg, Workers, WorkersArg},
     run,
 };
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
     error::{Kind, Result},
     ids::Step,
     rendezvous::policy::ending::Wait,
-    report::{Reporter, Screen},
+    report::Screen,
     run::{LaunchOptions, open},
     workload,
 };
@@ -44,6 +44,8 @@ pub struct Resume {
     nodes: NodesArg,
     #[command(flatten)]
     set: SetArg,
+    #[command(flatten)]
+    watchers: WatchersArg,
     /// Print events as JSON, one object per line
     #[arg(long)]
     json: bool,
@@ -75,6 +77,15 @@ impl Resume {
             accepts_data,
             ..LaunchOptions::default()
         };
-        run::launch(Reporter::new(screen, self.json), store, run_id, begin, nproc_per_node, options)
+        let watchers = self.watchers.start(Some(run_id.clone()))?;
+        run::launch(
+            &watchers,
+            watchers.reporter(screen, self.json, None),
+            store,
+            run_id,
+            begin,
+            nproc_per_node,
+            options,
+        )
     }
 }

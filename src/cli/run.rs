@@ -9,7 +9,7 @@ use std::{
 use clap::Args;
 
 use super::{
-    args::{NodesArg, SetArg, StoreArg, WorkersArg},
+    args::{NodesArg, SetArg, StoreArg, Watchers, WatchersArg, WorkersArg},
     store,
 };
 use crate::{
@@ -48,6 +48,8 @@ pub struct Run {
     nodes: NodesArg,
     #[command(flatten)]
     set: SetArg,
+    #[command(flatten)]
+    watchers: WatchersArg,
     /// Print events as JSON, one object per line
     #[arg(long)]
     json: bool,
@@ -84,7 +86,8 @@ impl Run {
             wait: self.nodes.wait.unwrap_or(Wait::RUN),
             ..LaunchOptions::default()
         };
-        launch(Reporter::new(screen, self.json), store, run_id, begin, nproc_per_node, options)
+        let watchers = self.watchers.start(Some(run_id.clone()))?;
+        launch(&watchers, watchers.reporter(screen, self.json, None), store, run_id, begin, nproc_per_node, options)
     }
 
     fn resolve(&self, stop: &Stop) -> Result<RunConfig> {
@@ -147,6 +150,7 @@ pub(super) fn unless_asked<T>(stop: &Stop, ready: Result<T>) -> Result<Option<T>
 
 /// Passes the run to the agent and tells the user how it ended.
 pub(super) fn launch(
+    watchers: &Watchers,
     reporter: Reporter,
     store: Store,
     run_id: RunId,
@@ -163,7 +167,17 @@ pub(super) fn launch(
     let (named, uri) = (run_id.clone(), store.uri());
     let outcome = run::launch(Launch { store, run_id, begin, nproc_per_node, options, reporter: reporter.clone() });
     reporter.finish();
-    Ok(match outcome.map_err(|error| store::in_hints(error, &named, &uri))? {
+    let outcome = outcome.map_err(|error| store::in_hints(error, &named, &uri));
+    if let Some(alerts) = &watchers.alerts {
+        // Another machine has the run: nobody needs to do anything.
+        if let Err(error) = outcome.as_ref()
+            && error.kind() != Kind::Fenced
+        {
+            alerts.failed(&error.to_string());
+        }
+        alerts.clone().finish();
+    }
+    Ok(match outcome? {
         Outcome::Completed { then } => {
             complete(&then)?;
             ExitCode::SUCCESS

@@ -34,14 +34,21 @@ fn options_are_added_on_purpose_only() {
     assert_eq!(
         found.join("\n"),
         "\
-trainer run: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --nproc-per-node --nodes --wait --set --json
+trainer run: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --nproc-per-node --nodes --wait --set \
+--metrics-listen (TRAINER_METRICS_LISTEN) --metrics-file (TRAINER_METRICS_FILE) --alert (TRAINER_ALERT) \
+--alert-ping (TRAINER_ALERT_PING) --alert-lag (TRAINER_ALERT_LAG) --json
 trainer resume: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --from --nproc-per-node --nodes --wait \
---set --json
+--set --metrics-listen (TRAINER_METRICS_LISTEN) --metrics-file (TRAINER_METRICS_FILE) --alert (TRAINER_ALERT) \
+--alert-ping (TRAINER_ALERT_PING) --alert-lag (TRAINER_ALERT_LAG) --json
 trainer boot: CONFIG --run-id --run-id-template --time-zone --ssm-path --ssm-environment (TRAINER_SSM_ENVIRONMENT) \
---store --nproc-per-node --nodes --wait --set --standby --device-wait --json
+--store --nproc-per-node --nodes --wait --set --standby --device-wait \
+--metrics-listen (TRAINER_METRICS_LISTEN) --metrics-file (TRAINER_METRICS_FILE) --alert (TRAINER_ALERT) \
+--alert-ping (TRAINER_ALERT_PING) --alert-lag (TRAINER_ALERT_LAG) --json
 trainer work: --queue (TRAINER_QUEUE) --store (TRAINER_STORE) --allow (TRAINER_ALLOW) --nproc-per-node --idle-exit \
 --once --lease --max-hold --terminate-when-idle --device-wait --ssm-path (TRAINER_SSM_PATH) \
---ssm-environment (TRAINER_SSM_ENVIRONMENT) --json
+--ssm-environment (TRAINER_SSM_ENVIRONMENT) \
+--metrics-listen (TRAINER_METRICS_LISTEN) --metrics-file (TRAINER_METRICS_FILE) --alert (TRAINER_ALERT) \
+--alert-ping (TRAINER_ALERT_PING) --alert-lag (TRAINER_ALERT_LAG) --json
 trainer runs: --store (TRAINER_STORE) --json
 trainer status: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --watch --json
 trainer checkpoints: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json

@@ -5,7 +5,7 @@ use std::{process::ExitCode, sync::Arc, time::Duration};
 use clap::Args;
 
 use super::{
-    args::{JsonArg, SsmArg, WorkersArg},
+    args::{JsonArg, SsmArg, WatchersArg, WorkersArg},
     boot::duration,
     output, run, store,
 };
@@ -24,7 +24,7 @@ use crate::{
     error::{Error, Kind, Result},
     notice,
     queue::{self, Left, Said, Settings, Tools, allow::Allowed, api, lease::Terms},
-    report::{self, Reporter, Screen},
+    report::{self, Screen},
 };
 
 /// Take jobs from a queue, train them, and exit when the queue stays empty
@@ -95,6 +95,8 @@ pub struct Work {
     ssm_path: Option<String>,
     #[command(flatten)]
     ssm: SsmArg,
+    #[command(flatten)]
+    watchers: WatchersArg,
     #[command(flatten)]
     json: JsonArg,
 }
@@ -203,8 +205,10 @@ impl Work {
         };
         let leave =
             || store::block_on(async { Ok(!matches!(leave::leave(leave::ANY_HOOK).await, Departure::Stays { .. })) });
+        // A job's failure is reported to the job API.
+        let watchers = self.watchers.start(None)?;
         let tools = Tools {
-            reporter: &|listener| Reporter::with_listener(screen.clone(), json, listener),
+            reporter: &|listener| watchers.reporter(screen.clone(), json, Some(listener)),
             say,
             fetch: &|folder, name| {
                 let (folder, name) = (folder.to_owned(), name.to_owned());

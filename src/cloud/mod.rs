@@ -28,6 +28,7 @@ pub mod region;
 pub mod registry;
 pub mod routes;
 pub mod scaling;
+pub mod sns;
 pub mod sqs;
 pub mod ssm;
 #[cfg(test)]

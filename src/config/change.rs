@@ -223,7 +223,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let CapsConfig { max_hours, max_wait_hours, max_cost, price_per_hour } = run;
     let cap = |cap: &Option<f64>| cap.map_or_else(|| word("none"), Value::Float);
     let OnComplete { action } = on_complete;
-    let RestartConfig { max, same_step, backoff, hang } = restart;
+    let RestartConfig { max, same_step, backoff, hang, fruitless_starts } = restart;
     let StorageConfig { concurrency, part_mib, attempts, max_upload_mib_per_s, encryption, kms_key_id, storage_class } =
         storage;
     let NetworkConfig { address, port, store_port } = network;
@@ -301,6 +301,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("restart.same_step", whole(*same_step)),
         ("restart.backoff", word(&text::format_duration(*backoff))),
         ("restart.hang", word(&hang.map_or_else(|| "never".into(), text::format_duration))),
+        ("restart.fruitless_starts", fruitless_starts.map_or_else(|| word("none"), whole)),
         ("storage.concurrency", whole(*concurrency)),
         ("storage.part_mib", whole(*part_mib)),
         ("storage.attempts", whole(*attempts)),

@@ -142,6 +142,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "restart.same_step",
             "restart.backoff",
             "restart.hang",
+            "restart.fruitless_starts",
             "storage.concurrency",
             "storage.part_mib",
             "storage.attempts",

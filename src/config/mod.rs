@@ -234,6 +234,9 @@ pub struct RestartConfig {
     /// How long workers may stand still before they are ended and started again; `None`: a standstill is only reported.
     #[serde(default, with = "optional_seconds")]
     pub hang: Option<Duration>,
+    /// Starts of the run in a row that made no checkpoint, after which it is not started again; `None`: no limit.
+    #[serde(default)]
+    pub fruitless_starts: Option<u32>,
 }
 
 /// Limits for the object store, and S3's treatment of written objects.

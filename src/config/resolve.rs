@@ -550,6 +550,7 @@ fn restart(raw: &Raw) -> Result<RestartConfig, ConfigError> {
         same_step: raw.whole("restart.same_step", 1..=u32::MAX)?,
         backoff: raw.duration("restart.backoff")?,
         hang: raw.never_or_duration("restart.hang")?,
+        fruitless_starts: raw.word_or_whole("restart.fruitless_starts", "none", 1..=u32::MAX)?,
     })
 }
 

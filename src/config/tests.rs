@@ -143,7 +143,13 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
             notice: NoticeConfig::default(),
             run: CapsConfig::default(),
             on_complete: OnComplete { action: CompleteAction::Exit },
-            restart: RestartConfig { max: 10, same_step: 3, backoff: Duration::from_secs(1), hang: None },
+            restart: RestartConfig {
+                max: 10,
+                same_step: 3,
+                backoff: Duration::from_secs(1),
+                hang: None,
+                fruitless_starts: Some(20)
+            },
             storage: StorageConfig::plain(16, 16),
             network: NetworkConfig::default(),
         }

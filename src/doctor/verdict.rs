@@ -73,7 +73,9 @@ impl Line {
             Kind::Unavailable => "check the network, proxies and endpoints, then run doctor again",
             Kind::Data => "restore the named data from a copy, or create it again",
             Kind::Bug => "report it, with this line",
-            Kind::Fenced | Kind::Interrupted | Kind::InterruptedWithLoss | Kind::Capped => "look again",
+            Kind::Fenced | Kind::Interrupted | Kind::InterruptedWithLoss | Kind::Capped | Kind::Fruitless => {
+                "look again"
+            }
         });
         Self::fail(check, error.kind(), error.to_string(), todo)
     }
@@ -84,7 +86,7 @@ impl Line {
 pub fn exit_code(lines: &[Line]) -> u8 {
     let failed = lines.iter().filter(|line| line.verdict == Verdict::Fail).filter_map(|line| line.kind);
     let rank = |kind: &Kind| match kind {
-        Kind::Config | Kind::Usage | Kind::Data | Kind::Bug | Kind::Fenced | Kind::Capped => 2,
+        Kind::Config | Kind::Usage | Kind::Data | Kind::Bug | Kind::Fenced | Kind::Capped | Kind::Fruitless => 2,
         Kind::Permission => 1,
         Kind::Unavailable | Kind::Interrupted | Kind::InterruptedWithLoss => 0,
     };
@@ -445,6 +447,7 @@ mod tests {
             Kind::Config,
             Kind::Fenced,
             Kind::Capped,
+            Kind::Fruitless,
         ] {
             let line = Line::error("x", &Error::new(kind, "what"));
             assert!(line.todo.is_some_and(|todo| !todo.is_empty()), "{kind:?}");

@@ -20,6 +20,7 @@ use crate::{
     error::{Context, Error, Kind, Result},
     ids::{Generation, NodeId, RunId, Step},
     journal::{self, CheckpointStatus, Committed, FormedReason, Journal, Outcome, RunState},
+    report::Counted,
     storage::Store,
 };
 
@@ -211,6 +212,38 @@ pub fn last_step(state: &RunState) -> Option<Step> {
 /// Steps that were or will be done again after interruptions.
 pub fn lost_steps(state: &RunState) -> u64 {
     state.interruptions().iter().map(|end| end.lost_steps).sum()
+}
+
+/// Starts of the run in a row, up to the newest, after which nothing new became durable: what machines have cost for
+/// nothing. One that changed a setting begins the row: whoever changed it expects it to help. Generations that followed
+/// from another one without a new start do not count.
+pub fn fruitless_starts(state: &RunState) -> u32 {
+    let mut starts = 0;
+    for formed in state.formations().iter().rev() {
+        if formed.ended.is_some() || state.checkpoints().of(formed.generation).next().is_some() {
+            break;
+        }
+        if formed.reason == FormedReason::Started && formed.succession.continues.is_none() {
+            starts += 1;
+        }
+        if !formed.overrides.is_empty() {
+            break;
+        }
+    }
+    starts
+}
+
+/// What the journal counts, for displays of a run at work.
+pub fn counted(state: &RunState) -> Counted {
+    Counted {
+        run_id: Some(state.run_id().clone()),
+        generations: state.formations().len() as u64,
+        checkpoints: state.checkpoints().len() as u64,
+        durable: state.checkpoints().iter().map(|checkpoint| checkpoint.committed.step).max().unwrap_or_default(),
+        interruptions: state.interruptions().len() as u64,
+        lost_steps: lost_steps(state),
+        worker_restarts: worker_restarts(state),
+    }
 }
 
 /// How often workers were restarted because one had died.
@@ -411,6 +444,37 @@ pub(crate) mod tests {
         assert_eq!(Checkpoint::from(&state.checkpoints()[2]).damage, Some("x is short"));
         // A generation that the run abandoned reached step 34.
         assert_eq!(last_step(&state), Some(Step(25)));
+    }
+
+    #[test]
+    fn starts_that_make_no_checkpoint_are_counted_until_one_does_or_a_setting_changes() {
+        let start = |generation| {
+            let mut record = formed(generation, None, &[]);
+            if let Record::Formed { reason, .. } = &mut record {
+                *reason = FormedReason::Started;
+            }
+            record
+        };
+        let cost = |records: &[Record]| {
+            let mut all = vec![created()];
+            all.extend_from_slice(records);
+            fruitless_starts(&state(all))
+        };
+        assert_eq!(cost(&[]), 0);
+        assert_eq!(cost(&[start(1)]), 1);
+        assert_eq!(cost(&[start(1), start(2), start(3)]), 3);
+        assert_eq!(cost(&[start(1), start(2), committed(9, 2)]), 0);
+        assert_eq!(cost(&[start(1), committed(9, 1), start(2), start(3)]), 2);
+        // Workers that died within one start.
+        assert_eq!(cost(&[start(1), formed(2, None, &[]), start(3)]), 2);
+        // A group that has gone on without a start.
+        assert_eq!(cost(&[start(1), group(2, Some(1), &[("n1", 2)]), start(3)]), 2);
+        let mut changed = formed(3, None, &[("train.threads", "2")]);
+        if let Record::Formed { reason, .. } = &mut changed {
+            *reason = FormedReason::Started;
+        }
+        assert_eq!(cost(&[start(1), start(2), changed.clone()]), 1);
+        assert_eq!(cost(&[start(1), start(2), changed, start(4)]), 2);
     }
 
     #[test]

@@ -535,10 +535,11 @@ fn is_cap(key: &str) -> bool {
 }
 
 /// Settings that no version knows whose latest format is 6: it would call a change of them a mistake.
-const KEYS_OF_7: [&str; 6] = [
+const KEYS_OF_7: [&str; 7] = [
     "checkpoint.slots",
     "parallel.peak_tflops",
     "parallel.share_device",
+    "restart.fruitless_starts",
     "train.activations",
     "train.deterministic",
     "train.fused",

@@ -73,7 +73,13 @@ pub(super) fn config() -> RunConfig {
         notice: NoticeConfig::default(),
         run: CapsConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
-        restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_secs(1), hang: None },
+        restart: RestartConfig {
+            max: 3,
+            same_step: 2,
+            backoff: Duration::from_secs(1),
+            hang: None,
+            fruitless_starts: None,
+        },
         storage: settings(),
         network: NetworkConfig::default(),
     }

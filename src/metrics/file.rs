@@ -174,14 +174,19 @@ mod tests {
     #[test]
     fn a_million_steps_take_less_than_a_hundred_megabytes() {
         let mut rows = Series::default();
-        let names = ["loss", "grad_norm", "lr", "step_s", "stall_s", "tokens_per_s", "held_out_loss"];
+        let computed = ["loss", "grad_norm", "lr", "held_out_loss"];
+        let measured = ["step_s", "stall_s", "tokens_per_s", "lag_s", "data_s", "forward_s", "backward_s"];
+        let measured = measured.into_iter().chain(["reduce_s", "capture_s", "optimizer_s", "mfu"]);
+        // As many random bits as a double has, or, of what is measured, a single: the worst case.
+        let names: Vec<(&str, bool)> =
+            computed.into_iter().map(|name| (name, true)).chain(measured.map(|name| (name, false))).collect();
         let mut state = 1_u64;
         for step in 0..20_000 {
             let mut figures = std::collections::BTreeMap::new();
-            for name in names {
+            for (name, double) in &names {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                // As many random bits as a double has: the worst case.
-                figures.insert(name.to_owned(), 1.0 + (state >> 11) as f64 / (1_u64 << 53) as f64);
+                let value = 1.0 + (state >> 11) as f64 / (1_u64 << 53) as f64;
+                figures.insert((*name).to_owned(), if *double { value } else { f64::from(value as f32) });
             }
             rows.push(&super::super::Row { figures, ..row(1, step) });
         }

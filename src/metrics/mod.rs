@@ -22,14 +22,18 @@
 //! whose put failed go with the next save; a save never fails because of them. *Cancel:* as a crash.
 #![doc = include_str!("README.md")]
 
+mod exposition;
 mod file;
+mod listen;
 mod read;
 mod recorder;
 mod series;
 pub mod tensorboard;
 
 pub use self::{
+    exposition::{Exposition, Form},
     file::{MetricsError, encode},
+    listen::{Exporter, Places, address},
     read::read,
     recorder::{Put, Recorder},
     series::{Row, Series},

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     ids::{Generation, Step},
-    report::Event,
+    report::{Event, Spent},
     storage::{Priority, Store},
 };
 
@@ -133,20 +133,39 @@ async fn merge(run: Store, waiting: Arc<Mutex<Waiting>>) {
     };
 }
 
+/// The parts of a step's time, and the memory that it used.
+fn split(spent: &Spent) -> Vec<(&'static str, f64)> {
+    let Spent { data_s, forward_s, backward_s, reduce_s, capture_s, optimizer_s, mfu, memory } = *spent;
+    let mut all = vec![
+        ("data_s", data_s),
+        ("forward_s", forward_s),
+        ("backward_s", backward_s),
+        ("reduce_s", reduce_s),
+        ("capture_s", capture_s),
+        ("optimizer_s", optimizer_s),
+    ];
+    all.extend(mfu.map(|mfu| ("mfu", mfu)));
+    if let Some(memory) = memory {
+        all.push(("host_peak_bytes", memory.host_peak_bytes as f64));
+        all.extend(memory.device_peak_bytes.map(|bytes| ("device_peak_bytes", bytes as f64)));
+        all.extend(memory.device_reserved_bytes.map(|bytes| ("device_reserved_bytes", bytes as f64)));
+    }
+    all
+}
+
 /// What an event says of a step.
 fn figures(event: &Event) -> Option<(Step, BTreeMap<String, f64>)> {
     let named = |figures: &[(&str, f64)]| figures.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
     match event {
-        Event::Step { step, loss, lr, grad_norm, tokens_per_s, step_s, stall_s, .. } => {
-            let figures = [
-                ("loss", *loss),
-                ("lr", *lr),
-                ("grad_norm", *grad_norm),
-                ("tokens_per_s", *tokens_per_s),
-                ("step_s", *step_s),
-                ("stall_s", *stall_s),
-            ];
-            Some((*step, named(&figures)))
+        Event::Step { step, loss, lr, grad_norm, tokens_per_s, step_s, stall_s, lag_s, spent, .. } => {
+            // What a run computes is kept to the last digit, what is measured in single precision.
+            let mut figures: BTreeMap<String, f64> = named(&[("loss", *loss), ("lr", *lr), ("grad_norm", *grad_norm)]);
+            let measured =
+                [("tokens_per_s", *tokens_per_s), ("step_s", *step_s), ("stall_s", *stall_s), ("lag_s", *lag_s)];
+            let split = spent.as_deref().map(split).unwrap_or_default();
+            let measured = measured.into_iter().chain(split);
+            figures.extend(measured.map(|(name, value)| (name.to_owned(), f64::from(value as f32))));
+            Some((*step, figures))
         }
         Event::Validation { step, loss, sources } => {
             let mut figures: BTreeMap<String, f64> = named(&[("held_out_loss", *loss)]);
@@ -167,6 +186,7 @@ mod tests {
         config::StorageConfig,
         layout,
         metrics::{Series, read},
+        report::Memory,
     };
 
     fn store() -> Store {
@@ -185,7 +205,10 @@ mod tests {
             stall_s: 0.0,
             lag_steps: 0,
             lag_s: 0.0,
-            spent: None,
+            spent: (step == 3).then(|| {
+                let memory = Some(Memory { host_peak_bytes: 1 << 30, ..Memory::default() });
+                Box::new(Spent { data_s: 0.1, forward_s: 0.25, mfu: Some(0.5), memory, ..Spent::default() })
+            }),
         }
     }
 
@@ -211,7 +234,13 @@ mod tests {
         next.put(Step(6)).arrived().await;
         let expected = [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, 2)];
         assert_eq!(steps(&run).await, expected);
-        assert_eq!(read(&run).await.unwrap().0.curve().column("loss").unwrap()[2], 1.0 / 3.0);
+        let curve = read(&run).await.unwrap().0.curve();
+        let third = |name: &str| curve.column(name).map(|values| values[2]);
+        assert_eq!(third("loss"), Some(1.0 / 3.0));
+        // What is measured has the digits of single precision.
+        let expected = [0.1_f32, 0.25, 0.5, 1.073_741_8e9].map(|value| Some(f64::from(value)));
+        assert_eq!(["data_s", "forward_s", "mfu", "host_peak_bytes"].map(third), expected);
+        assert_eq!(third("device_peak_bytes"), None, "nobody has measured it");
     }
 
     #[tokio::test]

@@ -42,7 +42,8 @@ fn tag(name: &str) -> String {
         "loss" | "held_out_loss" => format!("loss/{name}"),
         name if name.starts_with("held_out/") => format!("loss/{name}"),
         "lr" | "grad_norm" => format!("optimizer/{name}"),
-        "copy_s" | "durable_s" | "stall_s" => format!("checkpoint/{name}"),
+        "copy_s" | "durable_s" | "stall_s" | "lag_s" => format!("checkpoint/{name}"),
+        name if name.ends_with("_bytes") => format!("memory/{name}"),
         name => format!("time/{name}"),
     }
 }

@@ -94,7 +94,7 @@ impl End {
             Kind::Fenced => Self::Elsewhere,
             Kind::Unavailable => Self::Unreachable,
             Kind::Interrupted | Kind::InterruptedWithLoss => Self::Interrupted,
-            Kind::Usage | Kind::Data | Kind::Bug | Kind::Permission | Kind::Config => Self::Failed,
+            Kind::Usage | Kind::Data | Kind::Bug | Kind::Permission | Kind::Config | Kind::Fruitless => Self::Failed,
             Kind::Capped => Self::Capped,
         }
     }
@@ -286,6 +286,7 @@ mod tests {
             (Kind::Config, End::Failed),
             (Kind::Permission, End::Failed),
             (Kind::Usage, End::Failed),
+            (Kind::Fruitless, End::Failed),
             (Kind::Capped, End::Capped),
         ] {
             assert_eq!(End::of_error(kind), end);

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::{
     config::Shares,
-    ids::{Generation, Step, WorldSize},
+    ids::{Generation, RunId, Step, WorldSize},
 };
 
 /// What a step's time was spent on, seconds, by the rank that the others wait for; and the memory used.
@@ -47,10 +47,31 @@ pub struct Memory {
     pub host_peak_bytes: u64,
 }
 
+/// What the journal counts of a run.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counted {
+    /// The run; absent before anything is known of it.
+    pub run_id: Option<RunId>,
+    /// Generations that were formed.
+    pub generations: u64,
+    /// Checkpoints that were ever committed.
+    pub checkpoints: u64,
+    /// The newest step that any of them has.
+    pub durable: Step,
+    /// Generations that ended before the last step, and said so.
+    pub interruptions: u64,
+    /// Steps that these lost.
+    pub lost_steps: u64,
+    /// Restarts because a worker had died.
+    pub worker_restarts: u64,
+}
+
 /// One event. Serialised, it is one line of `--json`: fields may be added, never renamed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
+    /// What the journal counts so far, before a group of workers begins. Only for displays.
+    Counted(Box<Counted>),
     /// A group of workers exists and continues to train.
     Formed {
         /// The generation.

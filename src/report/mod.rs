@@ -23,7 +23,7 @@ use std::{
     time::Instant,
 };
 
-pub use event::{Event, Memory, Spent};
+pub use event::{Counted, Event, Memory, Spent};
 pub use screen::{LOG_VARIABLE, Screen, init_logging};
 use summary::Summary;
 use views::{Bars, Lines};
@@ -137,9 +137,9 @@ impl View {
     }
 }
 
-/// Writes one event as one line. `upload` and `phase` are only for display and not part of the API.
+/// Writes one event as one line. `upload`, `phase` and `counted` are only for displays and not part of the API.
 fn write_json(output: &mut Json, event: &Event) -> std::io::Result<()> {
-    if matches!(event, Event::Upload { .. } | Event::Phase { .. }) {
+    if matches!(event, Event::Upload { .. } | Event::Phase { .. } | Event::Counted(_)) {
         return Ok(());
     }
     let mut line = serde_json::to_vec(event)?;
@@ -184,6 +184,7 @@ mod tests {
     fn one_of_each() -> Vec<Event> {
         vec![
             Event::Phase { doing: "downloading".into() },
+            Event::Counted(Box::default()),
             Event::Formed {
                 generation: Generation(1),
                 world_size: WorldSize(2),

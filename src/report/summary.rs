@@ -63,7 +63,8 @@ impl Summary {
             | Event::WorkerDied { .. }
             | Event::Warning { .. }
             | Event::Dropped { .. }
-            | Event::Phase { .. } => {}
+            | Event::Phase { .. }
+            | Event::Counted(_) => {}
         }
     }
 

@@ -153,7 +153,7 @@ impl Lines {
                     info!("{}", human::plain(doing));
                 }
             }
-            Event::Upload { .. } | Event::Dropped { .. } => {}
+            Event::Upload { .. } | Event::Dropped { .. } | Event::Counted(_) => {}
         }
     }
 }
@@ -254,6 +254,7 @@ impl Bars {
             }
             Event::WorkerDied { .. } | Event::Interrupted { .. } | Event::Completed { .. } => self.end_upload(),
             Event::Validation { .. }
+            | Event::Counted(_)
             | Event::FoundDead { .. }
             | Event::Standby { .. }
             | Event::Restored { .. }

@@ -61,7 +61,7 @@ use crate::{
     config::{NetworkConfig, NoticeConfig},
     error::{Context, Error, Kind, Result},
     goodput::Observed,
-    history::spent::Spent,
+    history::{self, spent::Spent},
     ids::{Generation, NodeId, NodeRanks, RunId, Step, WorldSize},
     journal::{
         Formed, FormedReason, JournalError, JournalWriter, Reached, Record, ResumePoint, RosterEntry, RunState,
@@ -547,6 +547,7 @@ impl Runner {
         }
         notices.formed(&self.run, generation, &self.journal.state().continued(generation));
         let world_size = WorldSize(self.resolved.workload.workers());
+        self.reporter.event(&Event::Counted(Box::new(history::counted(&self.journal.state()))));
         self.reporter.event(&Event::Formed {
             generation,
             world_size,

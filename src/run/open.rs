@@ -21,11 +21,12 @@ use tokio::sync::mpsc;
 use super::{
     launch::{Begin, LaunchOptions, OnComplete},
     resolved::Resolved,
+    words,
 };
 use crate::{
     config::{NoticeConfig, RunConfig, StorageConfig, TrainTask, apply_overrides, canonical_overrides},
     error::Result,
-    history::spent::at_cap,
+    history::{self, spent::at_cap},
     ids::{NodeId, RunId, Step},
     journal::{self, EarlyStop, Journal, JournalError, Reached, RunState},
     report::Reporter,
@@ -207,6 +208,13 @@ impl Resolving<'_> {
         // Going back to an earlier checkpoint gives it no more time or money.
         if let Some(cap) = at_cap(state, &config, Timestamp::now()) {
             return Ok(Standing::Capped(cap, self.options.then(&config, false)));
+        }
+        if let Some(most) = config.restart.fruitless_starts
+            && overrides.is_empty()
+            && from.is_none()
+            && history::fruitless_starts(state) >= most
+        {
+            return Err(words::fruitless(state, most));
         }
         self.known(&config);
         self.options.nodes.carry(&config)?;

@@ -3,6 +3,7 @@
 use crate::{
     error::{Error, Kind},
     ids::{NodeId, RunId},
+    journal::RunState,
 };
 
 /// Only checkpoints that the run has turned away from are left.
@@ -25,6 +26,21 @@ pub fn taken(run_id: &RunId, other: &NodeId) -> Error {
          {run_id}` ends it; then give this command again"
         ),
     )
+}
+
+/// Machines were started for nothing.
+pub fn fruitless(state: &RunState, most: u32) -> Error {
+    let run_id = state.run_id();
+    let newest = state.newest().map_or_else(
+        || "it has no checkpoint yet".to_owned(),
+        |newest| format!("its newest checkpoint is that of step {}", newest.committed.step),
+    );
+    let what = format!("run {run_id} was started {most} times in a row without a new checkpoint; {newest}");
+    Error::new(Kind::Fruitless, what).with_hint(format!(
+        "nothing is lost: `trainer explain --run-id {run_id}` says how these starts ended; then `trainer resume --run-id \
+         {run_id} --set restart.fruitless_starts={}`, or any other changed setting, starts the count anew",
+        most.saturating_add(1)
+    ))
 }
 
 /// A reason that a record can hold.

@@ -93,7 +93,13 @@ pub fn config() -> RunConfig {
         notice: NoticeConfig::default(),
         run: CapsConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
-        restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_millis(1500), hang: None },
+        restart: RestartConfig {
+            max: 3,
+            same_step: 2,
+            backoff: Duration::from_millis(1500),
+            hang: None,
+            fruitless_starts: None,
+        },
         storage: storage(),
         network: NetworkConfig::default(),
     }

@@ -11,6 +11,7 @@ use std::{
 
 use serde_json::Value;
 
+use super::plan::Sharing;
 use crate::support::lab::{Lab, Store};
 
 /// The broken promise.
@@ -123,13 +124,18 @@ impl View {
 type State = Vec<(String, u64, String)>;
 
 /// Runs whose states are the same: those with the same settings.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Family {
-    #[default]
-    One,
+    One(Sharing),
     Groups,
     /// No other run.
     Alone,
+}
+
+impl Default for Family {
+    fn default() -> Self {
+        Self::One(Sharing::default())
+    }
 }
 
 /// The state after each step on each number of ranks, as first seen in any run of a family.
@@ -146,6 +152,11 @@ pub struct Auditor {
 }
 
 impl Auditor {
+    /// For a run of one node whose ranks share the state so.
+    pub fn of(sharing: Sharing) -> Self {
+        Self { family: Family::One(sharing), ..Self::default() }
+    }
+
     /// For a run with settings of its own.
     pub fn apart() -> Self {
         Self { family: Family::Alone, ..Self::default() }

@@ -313,6 +313,31 @@ pub struct Life {
     pub weather: Option<Weather>,
 }
 
+/// How the ranks share the state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sharing {
+    /// Each has all of it.
+    #[default]
+    Ddp,
+    /// Each has a part of the optimizer's.
+    Zero1,
+    /// Each has a part of the weights, too.
+    Shard,
+}
+
+impl Sharing {
+    /// All of them.
+    pub const EVERY: [Self; 3] = [Self::Ddp, Self::Zero1, Self::Shard];
+    /// Its name in the configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ddp => "ddp",
+            Self::Zero1 => "zero1",
+            Self::Shard => "shard",
+        }
+    }
+}
+
 /// One run and its disturbances.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -322,6 +347,8 @@ pub struct Scenario {
     pub on_s3: bool,
     /// Workers.
     pub ranks: u32,
+    /// What each of them has.
+    pub sharing: Sharing,
     /// Steps from checkpoint to checkpoint.
     pub every: u64,
     /// Checkpoints that are kept.
@@ -347,7 +374,9 @@ impl Scenario {
                 Life { disturbance, then, weather }
             })
             .collect();
-        Self { seed, on_s3, ranks, every, keep, lives }
+        // One rank has all in any case.
+        let sharing = if ranks == 1 { Sharing::Ddp } else { *random.one_of(&Sharing::EVERY) };
+        Self { seed, on_s3, ranks, sharing, every, keep, lives }
     }
 }
 
@@ -474,6 +503,6 @@ impl fmt::Display for Weather {
 impl fmt::Display for Scenario {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let store = if self.on_s3 { "s3" } else { "file" };
-        write!(f, "{store} ranks={} every={} keep={}", self.ranks, self.every, self.keep)
+        write!(f, "{store} {} ranks={} every={} keep={}", self.sharing.name(), self.ranks, self.every, self.keep)
     }
 }

@@ -17,6 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::{
     audit::{Auditor, View},
     campaign::number,
+    plan::Sharing,
     random::Random,
     stage::{RATE_OF_GROUPS, RUN, begin, prepare},
 };
@@ -211,7 +212,7 @@ impl Churn {
     fn new(settings: Settings) -> Self {
         // It waits for no turn, and the proxy is not used.
         let lab = Lab::on_s3_through_proxy_at_once(settings.seed).0;
-        prepare(&lab, 1, 100, 2, RATE_OF_GROUPS);
+        prepare(&lab, (1, Sharing::Ddp), 100, 2, RATE_OF_GROUPS);
         let anchor = Self::node(&lab);
         anchor.wait_for("its first step", |event| event.kind() == "step");
         let now = Instant::now();

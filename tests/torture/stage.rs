@@ -6,7 +6,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{
     audit::{Auditor, Checked, Promise, View, Violation, demand},
-    plan::{Action, Disturbance, Garbling, Life, Moment, Process, STEPS, Scenario},
+    plan::{Action, Disturbance, Garbling, Life, Moment, Process, STEPS, Scenario, Sharing},
     streams::Manner,
     tally::Tally,
 };
@@ -36,15 +36,15 @@ struct Reference {
     tensors: BTreeMap<String, Vec<u8>>,
 }
 
-/// The undisturbed run on this many ranks, done once in a test process.
-fn reference(ranks: u32) -> &'static Reference {
-    static REFERENCES: [OnceLock<Reference>; 2] = [const { OnceLock::new() }; 2];
-    REFERENCES[ranks as usize - 1].get_or_init(|| {
-        let (lab, life) = undisturbed(ranks);
+/// The undisturbed run of this kind, done once in a test process.
+fn reference(ranks: u32, sharing: Sharing) -> &'static Reference {
+    static REFERENCES: [[OnceLock<Reference>; 3]; 2] = [const { [const { OnceLock::new() }; 3] }; 2];
+    REFERENCES[ranks as usize - 1][sharing as usize].get_or_init(|| {
+        let (lab, life) = undisturbed(ranks, sharing);
         let losses = losses(&[&life]);
         assert_eq!(losses.len() as u64, STEPS, "{}", life.story());
         // The states of its checkpoints are the reference for every other run.
-        let view = Auditor::default().audit(&lab, RUN, ranks).expect("the undisturbed run is sound");
+        let view = Auditor::of(sharing).audit(&lab, RUN, ranks).expect("the undisturbed run is sound");
         Reference { losses, model: lab.export(RUN), tensors: tensors(&lab, &view) }
     })
 }
@@ -53,21 +53,21 @@ fn reference(ranks: u32) -> &'static Reference {
 pub fn losses_of_groups() -> &'static Losses {
     static LOSSES: OnceLock<Losses> = OnceLock::new();
     LOSSES.get_or_init(|| {
-        let (lab, life) = undisturbed_at(1, RATE_OF_GROUPS);
+        let (lab, life) = undisturbed_at(1, Sharing::Ddp, RATE_OF_GROUPS);
         Auditor::of_groups().audit(&lab, RUN, 1).expect("the undisturbed run is sound");
         losses(&[&life])
     })
 }
 
 /// An undisturbed run, and its one life.
-pub fn undisturbed(ranks: u32) -> (Lab, Finished) {
-    undisturbed_at(ranks, RATE)
+pub fn undisturbed(ranks: u32, sharing: Sharing) -> (Lab, Finished) {
+    undisturbed_at(ranks, sharing, RATE)
 }
 
-fn undisturbed_at(ranks: u32, rate: &str) -> (Lab, Finished) {
+fn undisturbed_at(ranks: u32, sharing: Sharing, rate: &str) -> (Lab, Finished) {
     let lab = Lab::on_files_at_once();
     let Scenario { every, keep, .. } = Scenario::of(0);
-    prepare(&lab, ranks, every, keep, rate);
+    prepare(&lab, (ranks, sharing), every, keep, rate);
     let life = begin(&lab).finish().expect_code(0);
     (lab, life)
 }
@@ -80,7 +80,7 @@ fn tensors(lab: &Lab, view: &View) -> BTreeMap<String, Vec<u8>> {
 }
 
 /// Writes the configuration: the smallest model that is still a model, so that a life is over in a second.
-pub fn prepare(lab: &Lab, ranks: u32, every: u64, keep: u64, rate: &str) {
+pub fn prepare(lab: &Lab, (ranks, sharing): (u32, Sharing), every: u64, keep: u64, rate: &str) {
     let model = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","vocab_size":512,"hidden_size":32,
 "intermediate_size":64,"num_hidden_layers":1,"num_attention_heads":2,"num_key_value_heads":1,"head_dim":16,
 "hidden_act":"silu","max_position_embeddings":64,"rms_norm_eps":1e-5,"rope_theta":10000.0,
@@ -108,6 +108,7 @@ schedule = {{ kind = "cosine", warmup_steps = 4 }}
 
 [parallel]
 nproc_per_node = {ranks}
+strategy = "{}"
 
 [checkpoint]
 every = "{every} steps"
@@ -116,11 +117,13 @@ keep = {{ last = {keep} }}
 [restart]
 max = 6
 same_step = 4
+fruitless_starts = "none"
 backoff = "1ms"
 "#,
         lab.uri(),
         lab.path("small.json").display(),
         data_set().display(),
+        sharing.name(),
     );
     lab.write_config("torture.toml", &text);
 }
@@ -223,8 +226,8 @@ impl<'a> Stage<'a> {
         } else {
             (Lab::on_files_at_once(), None)
         };
-        prepare(&lab, scenario.ranks, scenario.every, scenario.keep, RATE);
-        let auditor = Auditor::default();
+        prepare(&lab, (scenario.ranks, scenario.sharing), scenario.every, scenario.keep, RATE);
+        let auditor = Auditor::of(scenario.sharing);
         Self { scenario, lab, proxy, auditor, view: View::default(), tally: Tally::default(), story: String::new() }
     }
 
@@ -239,7 +242,7 @@ impl<'a> Stage<'a> {
         }
         self.live(&Life { disturbance: Disturbance::Nothing, then: None, weather: None })?;
         demand(self.view.completed == Some(STEPS), Promise::Other, || "the undisturbed life did not complete".into())?;
-        let reference = reference(scenario.ranks);
+        let reference = reference(scenario.ranks, scenario.sharing);
         demand(tensors(&self.lab, &self.view) == reference.tensors, Promise::DamagedResume, || {
             "weights or moments differ from the undisturbed run's".into()
         })?;
@@ -453,7 +456,7 @@ impl<'a> Stage<'a> {
 
     /// Checks the whole output of a process against the undisturbed run and the journal.
     fn check_against_the_journal(&self, process: &Finished) -> Checked {
-        let reference = reference(self.scenario.ranks);
+        let reference = reference(self.scenario.ranks, self.scenario.sharing);
         let other = |holds, how: &str| demand(holds, Promise::Other, || format!("{how}\n{}", process.story()));
         other(process.not_json().is_empty(), "stdout is data, but not all of it is JSON")?;
         let (mut last, mut generation) = (None, 0);

@@ -6,8 +6,8 @@ use serde_json::Value;
 use super::{all, path, python, said, text, tool, yaml};
 use crate::support::{lab::scratch, moto};
 
-/// The files that do not open with a comment about their cost.
-const PLAIN: [&str; 2] = ["README.md", "container/Containerfile.dockerignore"];
+/// The files that do not open with a comment about their cost. Grafana's says so in its description.
+const PLAIN: [&str; 3] = ["README.md", "container/Containerfile.dockerignore", "grafana.json"];
 
 #[test]
 fn each_file_opens_with_what_it_costs_and_how_it_is_removed() {
@@ -27,6 +27,9 @@ fn each_file_opens_with_what_it_costs_and_how_it_is_removed() {
             .any(|(at, _)| opening[..at].trim_end().ends_with(|last: char| last.is_ascii_digit()));
         assert!(!percent, "a saving without its inputs in userdata/{name}");
     }
+    let dashboard: Value = serde_json::from_str(&text("grafana.json")).expect("JSON");
+    let description = dashboard["description"].as_str().expect("a description");
+    assert!(description.contains("costs nothing") && description.contains("removal"), "{description}");
 }
 
 #[test]
@@ -210,7 +213,8 @@ fn systemd_accepts_each_unit() {
         // A service that may write nowhere still needs a place for datasets.
         let cache = unit.contains("\nCacheDirectory=trainer\n") && unit.contains("XDG_CACHE_HOME=/var/cache/trainer");
         assert!(cache || !unit.contains("ProtectSystem=strict"), "{unit}");
-        for (key, value) in [("RestartForceExitStatus", "69 75 76 79"), ("RestartPreventExitStatus", "64 65 77 78 80")]
+        for (key, value) in
+            [("RestartForceExitStatus", "69 75 76 79"), ("RestartPreventExitStatus", "64 65 77 78 80 81")]
         {
             assert!(unit.lines().any(|line| line == format!("{key}={value}")), "{key} of\n{unit}");
         }
@@ -316,7 +320,7 @@ fn expect_job_rules(name: &str, document: &Value) {
         Value::Object(fields) => {
             if let Some(rules) = fields.get("podFailurePolicy") {
                 let codes = rules.to_string();
-                for code in [64, 65, 69, 75, 76, 77, 78, 80] {
+                for code in [64, 65, 69, 75, 76, 77, 78, 80, 81] {
                     assert!(codes.contains(&code.to_string()), "{name}: no rule for exit code {code}: {codes}");
                 }
                 assert!(!codes.contains("79") && !codes.contains("[0"), "{name}: {codes}");
@@ -370,8 +374,10 @@ fn the_skypilot_task_recovers_on_the_codes_that_ask_for_it() {
 fn a_build_for_gpus_finds_them() {
     // Without a flag the set-up asks the building machine, which is seldom the training one.
     for name in all() {
-        for line in text(&name).lines().filter(|line| line.contains("scripts/setup") && line.contains("&&")) {
-            let flavour = ["scripts/setup --cuda", "scripts/setup --cpu"].iter().any(|one| line.contains(one));
+        let a_command = |line: &str| line.contains("&&") || line.starts_with("$ ") || line.starts_with("RUN ");
+        for line in text(&name).lines().filter(|line| line.contains("scripts/setup") && a_command(line)) {
+            let flavour = ["--cuda", "--cpu", "\"--${FLAVOUR}\""];
+            let flavour = flavour.iter().any(|one| line.contains(&format!("scripts/setup {one}")));
             assert!(flavour, "userdata/{name}: {line}");
         }
     }

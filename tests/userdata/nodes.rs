@@ -221,7 +221,7 @@ fn the_pods_of_a_job_set_reach_each_other_and_nobody_else_reaches_them() {
     let policy = job["podFailurePolicy"]["rules"].as_array().expect("rules");
     for rule in policy {
         let fails = rule["action"] == "FailJob";
-        let hopeless = rule["onExitCodes"]["values"] == json!([64, 65, 77, 78, 80]);
+        let hopeless = rule["onExitCodes"]["values"] == json!([64, 65, 77, 78, 80, 81]);
         assert_eq!(fails, hopeless, "{rule}");
     }
     assert_eq!(set["spec"]["failurePolicy"], json!({"maxRestarts": 0}), "the job counts");

@@ -344,7 +344,7 @@ after() {
 		rm -f "$run/failures" "$run/away"
 		return 0
 		;;
-	exited:64 | exited:65 | exited:77 | exited:78)
+	exited:64 | exited:65 | exited:77 | exited:78 | exited:81)
 		give_up "exit code $EXIT_STATUS: a restart would not help"
 		return 0
 		;;
@@ -383,7 +383,7 @@ ExecStopPost=$me after
 Restart=on-failure
 RestartSec=150
 RestartForceExitStatus=69 75 76 79
-RestartPreventExitStatus=64 65 77 78 80
+RestartPreventExitStatus=64 65 77 78 80 81
 SuccessExitStatus=75 80
 KillMode=mixed
 TimeoutStopSec=130

@@ -102,7 +102,7 @@ over() {
     install -d -m 0700 "$counts"
     file=$counts/failures
     case ${EXIT_CODE:-}:${EXIT_STATUS:-} in
-    exited:0 | exited:64 | exited:65 | exited:77 | exited:78 | exited:80) return 0 ;;
+    exited:0 | exited:64 | exited:65 | exited:77 | exited:78 | exited:80 | exited:81) return 0 ;;
     exited:75 | exited:76 | exited:79)
         rm -f "$file" "$counts/away"
         return 1
@@ -163,7 +163,7 @@ ExecStopPost=$me after
 Restart=on-failure
 RestartSec=150
 RestartForceExitStatus=69 75 76 79
-RestartPreventExitStatus=64 65 77 78 80
+RestartPreventExitStatus=64 65 77 78 80 81
 SuccessExitStatus=75 80
 KillMode=mixed
 # For the log and for leaving the group; docker stop ends the container.

@@ -93,6 +93,8 @@ pub const AUTO_SCALING: Service =
 pub const EC2: Service = Service { id: "EC2", host: "ec2", name: "ec2", api: "2016-11-15" };
 /// Identity and Access Management.
 pub const IAM: Service = Service { id: "IAM", host: "iam", name: "iam", api: "2010-05-08" };
+/// Simple Notification Service.
+pub const SNS: Service = Service { id: "SNS", host: "sns", name: "sns", api: "2010-03-31" };
 /// EC2's registry of images.
 pub const ECR: Service =
     Service { id: "ECR", host: "api.ecr", name: "ecr", api: "AmazonEC2ContainerRegistry_V20150921" };

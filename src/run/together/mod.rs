@@ -51,6 +51,7 @@ use crate::{
         group::{Company, ToLeader, ToMember},
     },
     error::{Error, Kind, Result},
+    history,
     ids::{Generation, NodeId, Step},
     journal::{Formation, FormedReason, Record},
     layout,
@@ -301,6 +302,7 @@ impl Runner {
     fn report_formed(&self, formed: &Formation, seating: &Seating, load: &Load) {
         let world_size = seating.ranks.world;
         let leader = formed.roster.first().map(|entry| &entry.node).filter(|node| **node != self.node);
+        self.reporter.event(&Event::Counted(Box::new(history::counted(&self.journal.state()))));
         self.reporter.event(&Event::Formed {
             generation: formed.generation,
             world_size,

@@ -19,7 +19,7 @@ use crate::{
     },
     torture::{
         audit::{Auditor, Checked, Promise, View, Violation, demand},
-        plan::{Moment, STEPS},
+        plan::{Moment, STEPS, Sharing},
         stage::{RATE_OF_GROUPS, RUN, begin, losses_of_groups, prepare},
         tally::Tally,
     },
@@ -114,7 +114,7 @@ impl<'a> Stage<'a> {
     pub fn new(scenario: &'a GroupScenario) -> Self {
         let lab =
             if scenario.on_s3 { Lab::on_s3_through_proxy_at_once(scenario.seed).0 } else { Lab::on_files_at_once() };
-        prepare(&lab, 1, scenario.every, scenario.keep, RATE_OF_GROUPS);
+        prepare(&lab, (1, Sharing::Ddp), scenario.every, scenario.keep, RATE_OF_GROUPS);
         let now = Instant::now();
         Self {
             scenario,

@@ -4,7 +4,7 @@
 //! A test compares [`OURS`] with the names in the source. The environment is read on demand and never changed: threads
 //! may run.
 
-use std::ffi::OsString;
+use std::{ffi::OsString, path::PathBuf};
 
 /// Our variables and their meanings. A flag wins over its variable.
 pub const OURS: [(&str, &str); 27] = [
@@ -50,6 +50,13 @@ pub fn given(name: &str) -> Option<String> {
 /// A variable's value as it is, empty or not.
 pub fn raw(name: &str) -> Option<OsString> {
     std::env::var_os(name)
+}
+
+/// The folder of this program's caches (the XDG base directory specification); `None`: this user has no such place.
+pub fn cache_folder() -> Option<PathBuf> {
+    let named = |name| raw(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")));
+    Some(base?.join("trainer"))
 }
 
 /// All variables.

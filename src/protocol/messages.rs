@@ -164,7 +164,7 @@ pub enum FromWorker {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         fingerprint: Option<Fingerprint>,
     },
-    /// The loop waited for the capture of `step` before it could change the state.
+    /// The loop, or a GPU in its place, waited for the capture of `step` before the state could change.
     Stalled {
         /// The captured step.
         step: Step,

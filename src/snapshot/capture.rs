@@ -1,8 +1,10 @@
 //! The copy of a step's state into a slot, hidden behind the next forward and backward.
 //!
 //! State changes only in the optimizer step. [`Capture::start`] hands the copies to threads (or, on a GPU, to a side
-//! stream) and returns; the loop continues to compute, reading the same tensors, and calls [`Capture::wait`] right
-//! before it changes them. Dropping an unfinished capture waits for it: no copy outlives the tensors.
+//! stream) and returns; the loop continues to compute, reading the same tensors, and calls [`Capture::release`] right
+//! before it changes them. On a CPU that waits for the copies. On a GPU the compute stream waits for them, between two
+//! events that tell how long, and the host runs ahead; [`Capture::wait`] takes the slot back later. Dropping an
+//! unfinished capture waits for it: no copy outlives the tensors.
 //!
 //! A rank writes the ranges that the plan gives it ([`super::plan`]): in its own image and, where it has parts of
 //! weights, in those of other ranks of its node. It borrows exactly these ranges of each slot, so no byte is lent to
@@ -26,7 +28,7 @@ use super::{
 };
 use crate::{
     error::{Context, Error, Kind, Result},
-    torch::{CopyJob, CopyTicket, HostCopier, Pinned, TorchError},
+    torch::{Clock, CopyJob, CopyTicket, HostCopier, Pinned, TorchError},
 };
 
 /// One slot, as far as this rank writes into it.
@@ -45,7 +47,18 @@ pub struct Capture {
     brisk: Option<HostCopier>,
     slots: Vec<Slot>,
     parts: Vec<Source>,
-    running: Option<(u8, CopyTicket<ImageChunk>)>,
+    running: Option<Running>,
+    /// Two marks around what the compute stream waits for; made when it first does.
+    clock: Option<Clock>,
+}
+
+/// A capture under way.
+#[derive(Debug)]
+struct Running {
+    slot: u8,
+    ticket: CopyTicket<ImageChunk>,
+    /// Whether the compute stream waits for it.
+    held: bool,
 }
 
 /// A tensor to copy.
@@ -83,12 +96,13 @@ impl Capture {
         let pages = pages_of(&ranges, page_size());
         let slots = slots.iter().zip(0..);
         let open = |(slot, number)| open(slot, &ranges, &pages).context(format!("map slot {number}"));
-        Ok(Self { copier, brisk: None, slots: slots.map(open).collect::<Result<_>>()?, parts, running: None })
+        let slots = slots.map(open).collect::<Result<_>>()?;
+        Ok(Self { copier, brisk: None, slots, parts, running: None, clock: None })
     }
 
     /// Starts copying the state as it is now into `slot`. `done` is called with the copy time, on a copy thread. The
-    /// tensors must not change before [`Capture::wait`] returns. `hasty`: the threads that copy on a CPU do not yield
-    /// to others.
+    /// tensors must not change before [`Capture::release`] or [`Capture::wait`] has returned. `hasty`: the threads that
+    /// copy on a CPU do not yield to others.
     pub fn start(&mut self, slot: u8, hasty: bool, done: impl FnOnce(Duration) + Send + 'static) -> Result<()> {
         self.wait()?;
         let destination = self
@@ -107,16 +121,39 @@ impl Capture {
         }
         let copier = self.brisk.as_ref().filter(|_| hasty).unwrap_or(&self.copier);
         let ticket = copier.start(destination, jobs.collect(), done)?;
-        self.running = Some((slot, ticket));
+        self.running = Some(Running { slot, ticket, held: false });
         Ok(())
     }
 
-    /// Waits until the running capture, if there is one, has read its last tensor; returns how long that took.
+    /// From here on, what is launched may change the tensors. Whether the compute stream waits for the running capture:
+    /// [`Capture::wait`] then says how long it did, once the device has passed this point. Otherwise the capture, if
+    /// there is one, must be waited for now.
+    pub fn release(&mut self) -> Result<bool, TorchError> {
+        let Some(running) = &mut self.running else { return Ok(false) };
+        if running.held || !running.ticket.can_be_held() {
+            return Ok(running.held);
+        }
+        let Some(device) = self.parts.first().map(|part| part.tensor.device()) else { return Ok(false) };
+        let clock = match &mut self.clock {
+            Some(clock) => clock,
+            none => none.insert(Clock::new(device, 2)?),
+        };
+        clock.mark(0)?;
+        running.held = running.ticket.hold()?;
+        clock.mark(1)?;
+        Ok(running.held)
+    }
+
+    /// Waits until the running capture, if there is one, has read its last tensor. Returns how long that has held up
+    /// the computation: the host, or the compute stream, if that has waited in its place.
     pub fn wait(&mut self) -> Result<Option<Duration>, TorchError> {
-        let Some((slot, ticket)) = self.running.take() else { return Ok(None) };
+        let Some(Running { slot, ticket, held }) = self.running.take() else { return Ok(None) };
         let begin = Instant::now();
         self.slots[usize::from(slot)].ranges = Some(ticket.wait()?.destination);
-        Ok(Some(begin.elapsed()))
+        match &self.clock {
+            Some(clock) if held => Ok(Some(Duration::from_secs_f64(clock.seconds(0, 1)?.max(0.0)))),
+            _ => Ok(Some(begin.elapsed())),
+        }
     }
 }
 
@@ -252,6 +289,38 @@ mod tests {
         assert!(image.iter().zip(data).all(|(byte, data)| data || *byte == 0xee), "a byte that is no tensor's");
         let other = slots[0].map().unwrap().bytes(0..total).unwrap();
         assert!(other.iter().all(|byte| *byte == 0), "the other slot");
+    }
+
+    /// As on a GPU: the state is released before the slot has come back, and changed at once.
+    #[test]
+    fn a_released_state_may_change_and_the_slot_has_what_it_was() {
+        let slots = [SharedImage::create("first").unwrap(), SharedImage::create("second").unwrap()];
+        let tensors = [Tensor::zeros([4096], (tch::Kind::Float, tch::Device::Cpu))];
+        slots.iter().for_each(|slot| slot.grow(4 * 4096).unwrap());
+        let copies = [SlotCopy { tensor: 0, offset: 0, len: 4 * 4096 }];
+        let of = |copier: HostCopier| {
+            let inherited = slots.each_ref().map(|slot| SharedImage::inherited(slot.try_clone().unwrap().into()));
+            Capture::new(&copies, &inherited, &tensors, copier).unwrap()
+        };
+        let mut capture = of(HostCopier::as_on_a_gpu(1).unwrap());
+        assert!(!capture.release().unwrap(), "nothing is captured");
+        for step in 1..=20_u8 {
+            let _ = tensors[0].shallow_clone().fill_(f64::from(step));
+            let slot = step % 2;
+            capture.start(slot, false, |_| ()).unwrap();
+            assert!(capture.release().unwrap() && capture.release().unwrap());
+            let _ = tensors[0].shallow_clone().fill_(-1.0);
+            let held = capture.wait().unwrap().unwrap();
+            assert!(held < Duration::from_secs(60), "{held:?}");
+            assert_eq!(capture.wait().unwrap(), None, "it is told once");
+            let image = slots[usize::from(slot)].map().unwrap().bytes(0..4 * 4096).unwrap();
+            assert!(values(&image).into_iter().all(|value| value == f32::from(step)), "step {step}");
+        }
+        // On a CPU itself the host waits.
+        let mut capture = of(HostCopier::new(1, true).unwrap());
+        capture.start(0, false, |_| ()).unwrap();
+        assert!(!capture.release().unwrap());
+        assert!(capture.wait().unwrap().is_some());
     }
 
     #[test]

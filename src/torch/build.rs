@@ -12,12 +12,14 @@ use std::{
 /// The LibTorch that `tch` 0.24 is made for; the shim uses this version's class layouts.
 const TORCH_VERSION: &str = "2.11.0";
 
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 12] = [
     "defaults.cpp",
     "group.cpp",
     "math.cpp",
     "copies.cpp",
     "fused.cpp",
+    "launch.cpp",
+    "nvrtc.cpp",
     "device.cpp",
     "clock.cpp",
     "memory.cpp",
@@ -78,10 +80,16 @@ fn build() -> Result<(), String> {
             compiler.object(object);
         }
     }
+    // For tests of the kernels for GPUs, where there is none.
+    if !cuda && env::var("PROFILE").is_ok_and(|profile| profile == "debug") {
+        compiler.define("TRAINER_EMULATED", None).file(shim.join("emulated.cpp"));
+    }
     if cuda {
         for folder in cuda_headers(&nvidia)? {
             compiler.flag("-isystem").flag(folder.as_os_str());
         }
+        // Behind the real ones.
+        compiler.flag("-isystem").flag(shim.join("cuda_abi").as_os_str());
         compiler.define("USE_C10D_NCCL", None).define("TRAINER_CUDA", None);
     }
     compiler.try_compile("trainer_torch_shim").map_err(|error| format!("the LibTorch shim: {error}"))?;
@@ -99,6 +107,8 @@ fn build() -> Result<(), String> {
     }
     println!("cargo::rustc-link-lib=dylib=torch_cpu");
     println!("cargo::rustc-link-lib=dylib=c10");
+    // Part of libc from glibc 2.34 on.
+    println!("cargo::rustc-link-lib=dylib=dl");
     // A shipped folder first (`trainer` beside `lib/`), then this machine's LibTorch.
     println!("cargo::rustc-link-arg=-Wl,-rpath,$ORIGIN/lib");
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}", real_lib.display());

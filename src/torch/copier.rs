@@ -5,12 +5,14 @@
 //! the waiting thread. On the CPU the tensors are cut into chunks that the threads take one by one; they run only while
 //! a core would be idle (Linux's `SCHED_IDLE`), so that they do not slow computing threads, and a thread that
 //! [waits](CopyTicket::wait) copies the rest itself, so that it never waits for a thread that gets no core. On a GPU
-//! `start` marks the point in the compute stream, and one thread issues the copies after that point on a separate
-//! stream: into [`Pinned`] memory they run beside the kernels.
+//! `start` marks the point in the compute stream, and one thread orders the copies after that point on a separate
+//! stream: into [`Pinned`] memory they run beside the kernels. There the compute stream can wait for them in the host's
+//! place: [`hold`](CopyTicket::hold).
 //!
-//! Invariants: from `start` to the end of [`wait`](CopyTicket::wait) the tensors must not change (reading is allowed);
-//! otherwise the bytes come from two moments. The destination belongs to the copy for that time and comes back from
-//! `wait`; it and the tensors are kept alive whatever happens to the ticket. Dropping a ticket waits first.
+//! Invariants: from `start` to the end of [`wait`](CopyTicket::wait), or to what is launched behind a `hold`, the
+//! tensors must not change (reading is allowed); otherwise the bytes come from two moments. The destination belongs to
+//! the copy until `wait` returns it; it and the tensors are kept alive whatever happens to the ticket. Dropping a
+//! ticket waits first.
 //!
 //! [`Pinned`]: super::Pinned
 
@@ -68,13 +70,15 @@ pub struct HostCopier {
     queue: Arc<Queue>,
     threads: Vec<JoinHandle<()>>,
     yielding: bool,
+    /// Whether copies on a CPU are made as on a GPU, for tests.
+    as_on_a_gpu: bool,
 }
 
 impl HostCopier {
     /// Starts `threads` copy threads; at least one. `yielding`: they leave every core to computing threads. This suits
     /// the CPU; on a GPU the one thread that issues the copies does almost nothing itself.
     pub fn new(threads: usize, yielding: bool) -> Result<Self> {
-        let mut copier = Self { queue: Arc::default(), threads: Vec::new(), yielding };
+        let mut copier = Self { queue: Arc::default(), threads: Vec::new(), yielding, as_on_a_gpu: false };
         for index in 0..threads.max(1) {
             let queue = Arc::clone(&copier.queue);
             let builder = std::thread::Builder::new().name(format!("copy-{index}"));
@@ -86,6 +90,14 @@ impl HostCopier {
             };
             copier.threads.push(builder.spawn(serve).map_err(TorchError::Thread)?);
         }
+        Ok(copier)
+    }
+
+    /// Makes copies on a CPU in the way of a GPU: behind a mark, ordered by one thread, as a whole.
+    #[cfg(test)]
+    pub(crate) fn as_on_a_gpu(threads: usize) -> Result<Self> {
+        let mut copier = Self::new(threads, false)?;
+        copier.as_on_a_gpu = true;
         Ok(copier)
     }
 
@@ -138,9 +150,10 @@ impl HostCopier {
             return Err(TorchError::Range { offset, len: end - offset, size: pieces[piece].1 as u64 });
         }
 
-        let mark = device.filter(|&device| device >= 0 && !runs.is_empty()).map(Mark::now).transpose()?;
+        let is_marked = |&device: &i32| (device >= 0 || self.as_on_a_gpu) && !runs.is_empty();
+        let mark = device.filter(is_marked).map(Mark::now).transpose()?;
         let runs = if mark.is_some() { runs } else { chunks(&runs) };
-        let units = if mark.is_some() { 1 } else { runs.len() };
+        let units = if mark.is_some() { OF_A_MARK } else { runs.len() };
         let batch = Arc::new(Batch {
             runs,
             mark,
@@ -153,6 +166,7 @@ impl HostCopier {
                 tensors: jobs.into_iter().map(|job| job.tensor).collect(),
                 on_done: Some(Box::new(on_done)),
                 failure: None,
+                ordered: false,
                 took: None,
             }),
             ended: Condvar::new(),
@@ -188,6 +202,29 @@ impl<D: Send> CopyTicket<D> {
     /// Whether the last byte is there and the callback has run.
     pub fn is_done(&self) -> bool {
         lock(&self.batch.end).took.is_some()
+    }
+
+    /// Whether there is a stream that can wait for it.
+    pub fn can_be_held(&self) -> bool {
+        self.batch.mark.is_some()
+    }
+
+    /// Lets the calling thread's current stream wait for the last byte, and does not wait itself: what it launches from
+    /// here on may change the tensors. False: there is no such stream, or the copy could not be ordered, so the host
+    /// must [wait](Self::wait).
+    pub fn hold(&self) -> Result<bool> {
+        let Some(mark) = &self.batch.mark else { return Ok(false) };
+        if self.batch.next.compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            self.batch.run(0);
+        }
+        let end = self.batch.until(|end| end.ordered);
+        if end.failure.is_some() {
+            return Ok(false);
+        }
+        drop(end);
+        // SAFETY: the mark is alive, and its copies are ordered.
+        check(DOING, unsafe { ffi::trn_copy_hold(mark.0) })?;
+        Ok(true)
     }
 
     /// Waits until the last byte is there and the callback has run; returns the destination. The calling thread copies
@@ -295,13 +332,18 @@ struct End<D> {
     tensors: Vec<Tensor>,
     on_done: Option<Box<dyn FnOnce(Duration) + Send>>,
     failure: Option<TorchError>,
+    /// Of a marked batch: its copies are in their stream, or never will be.
+    ordered: bool,
     /// Set last.
     took: Option<Duration>,
 }
 
+/// Units of a batch behind a mark: all its copies are ordered, then they are waited for.
+const OF_A_MARK: usize = 2;
+
 /// One call of `start`.
 struct Batch<D> {
-    /// Chunks on the CPU; whole tensors, all in one unit, on a GPU.
+    /// Chunks on the CPU; whole tensors on a GPU.
     runs: Vec<Run>,
     mark: Option<Mark>,
     units: usize,
@@ -316,7 +358,8 @@ struct Batch<D> {
 
 // SAFETY: the pointers in `runs` lead into the tensors and the destination, which `end` keeps alive until the last unit
 // is finished; targets do not overlap, each is written by the one thread that took it from `next`, and `left` orders
-// the writes before the end. Only the thread that takes the one unit uses the mark.
+// the writes before the end. One thread orders the copies behind the mark; `ordered` comes before all other uses of it,
+// which read it.
 unsafe impl<D: Send> Send for Batch<D> {}
 // SAFETY: as above; everything else is behind the mutex.
 unsafe impl<D: Send> Sync for Batch<D> {}
@@ -347,11 +390,46 @@ trait Units: Send + Sync {
     fn work(&self);
 }
 
+impl<D> Batch<D> {
+    fn until(&self, is_so: impl Fn(&End<D>) -> bool) -> MutexGuard<'_, End<D>> {
+        self.ended.wait_while(lock(&self.end), |end| !is_so(end)).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does one unit, which the calling thread has taken.
+    fn run(&self, unit: usize) {
+        match &self.mark {
+            None => {
+                let run = self.runs[unit];
+                // SAFETY: both are alive (see above), and no tensor lies in a destination that someone else owns.
+                unsafe { ptr::copy_nonoverlapping(run.source, run.target, run.bytes as usize) };
+            }
+            Some(mark) if unit == 0 => {
+                // SAFETY: sources and targets are alive (see above) until the copies have been waited for.
+                let status = unsafe { ffi::trn_copy_after(mark.0, self.runs.as_ptr(), self.runs.len()) };
+                let failure = check(DOING, status).err();
+                let mut end = lock(&self.end);
+                end.failure = failure;
+                end.ordered = true;
+                self.ended.notify_all();
+            }
+            Some(mark) => {
+                drop(self.until(|end| end.ordered));
+                // SAFETY: the mark is alive, and its copies are ordered, or some of them.
+                if let Err(error) = check(DOING, unsafe { ffi::trn_copy_wait(mark.0) }) {
+                    lock(&self.end).failure.get_or_insert(error);
+                }
+            }
+        }
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.finish();
+        }
+    }
+}
+
 impl<D: Send> Batch<D> {
     fn wait(&self) -> MutexGuard<'_, End<D>> {
         self.work();
-        let end = lock(&self.end);
-        self.ended.wait_while(end, |end| end.took.is_none()).unwrap_or_else(PoisonError::into_inner)
+        self.until(|end| end.took.is_some())
     }
 }
 
@@ -362,20 +440,7 @@ impl<D: Send> Units for Batch<D> {
             if unit >= self.units {
                 return;
             }
-            if let Some(mark) = &self.mark {
-                // SAFETY: sources and targets are alive (see above) and the shim returns when the bytes are there.
-                let status = unsafe { ffi::trn_copy_after(mark.0, self.runs.as_ptr(), self.runs.len()) };
-                if let Err(error) = check(DOING, status) {
-                    lock(&self.end).failure = Some(error);
-                }
-            } else {
-                let run = self.runs[unit];
-                // SAFETY: both are alive (see above), and no tensor lies in a destination that someone else owns.
-                unsafe { ptr::copy_nonoverlapping(run.source, run.target, run.bytes as usize) };
-            }
-            if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                self.finish();
-            }
+            self.run(unit);
         }
     }
 }
@@ -482,6 +547,64 @@ mod tests {
             assert!(destination[0] == expected(&tensors, size), "{threads} threads");
             assert_eq!(receiver.try_recv(), Ok(took), "the callback runs before the waiter wakes");
         }
+    }
+
+    #[test]
+    fn a_copy_behind_a_mark_is_held_by_the_stream_or_waited_for_and_has_its_bytes() {
+        for threads in [1, 3] {
+            let copier = HostCopier::as_on_a_gpu(threads).unwrap();
+            for hold in [false, true] {
+                let (tensors, list, size) = jobs();
+                let (sender, receiver) = mpsc::channel();
+                let ticket =
+                    copier.start(vec![vec![0xee; size]], list, move |took| sender.send(took).unwrap()).unwrap();
+                if hold {
+                    assert!(ticket.hold().unwrap() && ticket.hold().unwrap());
+                }
+                let Copied { destination, took } = ticket.wait().unwrap();
+                assert!(destination[0] == expected(&tensors, size), "{threads} threads");
+                assert_eq!(receiver.try_recv(), Ok(took));
+            }
+        }
+    }
+
+    /// Nothing waits for the copy thread, which is busy: whoever holds orders the copies itself.
+    #[test]
+    fn a_hold_does_not_wait_for_a_copy_thread() {
+        let copier = HostCopier::as_on_a_gpu(1).unwrap();
+        let (_held_up, list, size) = jobs();
+        let (go, gate) = mpsc::channel::<()>();
+        let (begun, beginning) = mpsc::channel::<()>();
+        let first = copier
+            .start(vec![vec![0; size]], list, move |_| {
+                begun.send(()).unwrap();
+                gate.recv().unwrap();
+            })
+            .unwrap();
+        beginning.recv().unwrap();
+        let (tensors, list, size) = jobs();
+        let second = copier.start(vec![vec![0xee; size]], list, |_| ()).unwrap();
+        assert!(second.hold().unwrap());
+        assert!(!second.is_done(), "its end is a copy thread's, or that of whoever waits");
+        // The stream has passed the copies: the tensors may change.
+        for tensor in &tensors {
+            let _ = tensor.shallow_clone().zero_();
+        }
+        let copied = second.wait().unwrap().destination;
+        assert!(copied[0] == expected(&jobs().0, size));
+        go.send(()).unwrap();
+        drop(first);
+    }
+
+    #[test]
+    fn a_cpu_has_no_stream_that_could_wait() {
+        let copier = HostCopier::new(1, true).unwrap();
+        let (tensors, list, size) = jobs();
+        let ticket = copier.start(vec![vec![0xee; size]], list, |_| ()).unwrap();
+        assert!(!ticket.hold().unwrap());
+        assert!(ticket.wait().unwrap().destination[0] == expected(&tensors, size));
+        let nothing = HostCopier::as_on_a_gpu(1).unwrap().start(Vec::<Vec<u8>>::new(), Vec::new(), |_| ()).unwrap();
+        assert!(!nothing.hold().unwrap(), "nothing is copied");
     }
 
     #[test]

@@ -28,7 +28,9 @@ opaque!(
     ReducerHandle,
     MarkHandle,
     ClockHandle,
-    ReadbackHandle
+    ReadbackHandle,
+    CompilerHandle,
+    CompiledHandle
 );
 
 #[repr(C)]
@@ -119,6 +121,29 @@ unsafe extern "C" {
         gradient: i32,
         out: *mut *mut AtTensor,
     ) -> i32;
+    pub(super) fn trn_gpu_driver(version: *mut i32) -> i32;
+    pub(super) fn trn_gpu_load(device: i32, image: *const c_void) -> i32;
+    #[cfg(test)]
+    pub(super) fn trn_gpu_emulate(on: i32) -> i32;
+    #[cfg(test)]
+    pub(super) fn trn_gpu_emulated(all: *mut u64, done: *mut u64) -> i32;
+    pub(super) fn trn_nvrtc_open(library: *const c_char, version: *mut i32, out: *mut *mut CompilerHandle) -> i32;
+    pub(super) fn trn_nvrtc_free(compiler: *mut CompilerHandle) -> i32;
+    pub(super) fn trn_nvrtc_compile(
+        compiler: *const CompilerHandle,
+        source: *const c_char,
+        options: *const *const c_char,
+        count: i32,
+        out: *mut *mut CompiledHandle,
+    ) -> i32;
+    pub(super) fn trn_compiled_parts(
+        compiled: *const CompiledHandle,
+        image: *mut *const c_char,
+        image_bytes: *mut usize,
+        log: *mut *const c_char,
+        log_bytes: *mut usize,
+    ) -> i32;
+    pub(super) fn trn_compiled_free(compiled: *mut CompiledHandle) -> i32;
     pub(super) fn trn_set_num_threads(threads: i32) -> i32;
     pub(super) fn trn_set_interop_threads(threads: i32) -> i32;
     pub(super) fn trn_set_deterministic(on: i32) -> i32;
@@ -208,6 +233,8 @@ unsafe extern "C" {
     pub(super) fn trn_mark(device: i32, out: *mut *mut MarkHandle) -> i32;
     pub(super) fn trn_mark_free(mark: *mut MarkHandle) -> i32;
     pub(super) fn trn_copy_after(mark: *mut MarkHandle, runs: *const Run, count: usize) -> i32;
+    pub(super) fn trn_copy_wait(mark: *const MarkHandle) -> i32;
+    pub(super) fn trn_copy_hold(mark: *mut MarkHandle) -> i32;
     pub(super) fn trn_clock_new(device: i32, count: usize, out: *mut *mut ClockHandle) -> i32;
     pub(super) fn trn_clock_free(clock: *mut ClockHandle) -> i32;
     pub(super) fn trn_clock_mark(clock: *mut ClockHandle, index: usize) -> i32;

@@ -1,10 +1,10 @@
 //! Functions of a model that compute in one pass, forward and backward, what LibTorch's operations compute in several.
 //!
-//! Each saves its inputs and nothing else but a number a row, computes in fp32 and rounds once, and gives the same bits
-//! for any number of threads and on any x86-64 processor. There are loops for CPUs and none for GPUs yet: [`verified`]
-//! says which functions a device has, and a model computes the others by LibTorch's operations, which are the
-//! reference. *Verification:* a function is used on a device only if it agrees there with the reference, forward and
-//! backward; it costs milliseconds, once a process.
+//! Each saves its inputs and nothing else but a number a row, computes in fp32 and rounds once. On a CPU they are loops
+//! that give the same bits for any number of threads and on any x86-64 processor. On a GPU they are kernels that are
+//! compiled when a worker starts; one kind of GPU gives the same bits each time. A model computes what a device does
+//! not have by LibTorch's operations, which are the reference. *Verification:* a function is used on a device only if
+//! it agrees there with the reference, forward and backward ([`verified`]); it costs milliseconds, once a process.
 
 use std::{ptr, sync::OnceLock};
 
@@ -13,6 +13,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::{
     Result, TorchError,
     ffi::{self, check},
+    gpu,
 };
 
 /// The functions that a model uses in place of LibTorch's operations.
@@ -35,6 +36,8 @@ impl Fused {
     pub const NONE: Self = Self { norm: false, turns: false, gate: false, loss: false, linear: false };
     /// Every function.
     pub const ALL: Self = Self { norm: true, turns: true, gate: true, loss: true, linear: true };
+    /// Those that LibTorch's operations compute on any device.
+    const OF_ANY_DEVICE: Self = Self { linear: true, ..Self::NONE };
 }
 
 /// The function between a gate's projection and the product.
@@ -101,7 +104,7 @@ pub fn gate_of_both(both: &Tensor, activation: Activation) -> Result<Tensor> {
 
 /// The cross entropy of each row of `scores` `[rows, vocabulary]` with `targets` (i64 `[rows]`): fp32 `[rows]`, nats.
 /// If the `gradient` is wanted, the scores become the gradient of the losses' sum: softmax minus one-hot. Nothing is
-/// recorded.
+/// recorded. A target outside the vocabulary is an error on a CPU; on a GPU, which nobody waits for, its loss is a NaN.
 pub fn cross_entropy(scores: &mut Tensor, targets: &Tensor, gradient: bool) -> Result<Tensor> {
     made("compute cross entropy", |out| {
         // SAFETY: pointers are valid for the call; the shim checks types, extents and every target.
@@ -132,46 +135,100 @@ pub struct Verified {
 /// The functions that `device` has and that agree with LibTorch's operations there. Worked out once a process.
 pub fn verified(device: Device) -> &'static Verified {
     static CPU: OnceLock<Verified> = OnceLock::new();
+    static GPUS: [OnceLock<Verified>; 64] = [const { OnceLock::new() }; 64];
     static NOTHING: Verified = Verified { fused: Fused::NONE, left_out: Vec::new() };
     match device {
-        Device::Cpu => CPU.get_or_init(|| tch::with_grad(compare_all)),
+        Device::Cpu => CPU.get_or_init(|| tch::with_grad(|| compare_all(device, Fused::ALL))),
+        Device::Cuda(index) => match GPUS.get(index) {
+            Some(gpu) => gpu.get_or_init(|| tch::with_grad(|| of_gpu(device))),
+            None => &NOTHING,
+        },
         _ => &NOTHING,
     }
 }
 
-fn compare_all() -> Verified {
+fn of_gpu(device: Device) -> Verified {
+    match gpu::load(device) {
+        Ok(()) => compare_all(device, Fused::ALL),
+        Err(error) => {
+            let mut verified = compare_all(device, Fused::OF_ANY_DEVICE);
+            verified.left_out.insert(0, format!("RMSNorm, rotary turns, gates and cross entropy: {error}"));
+            verified
+        }
+    }
+}
+
+/// Compares those of the functions that are `wanted`. Extents are such that rows are read element by element in one
+/// case, and in wide pieces and several rounds in another.
+fn compare_all(device: Device, wanted: Fused) -> Verified {
     let mut left_out = Vec::new();
-    let mut agrees = |name: &str, outcomes: &[Result<(), String>]| {
-        let problem = outcomes.iter().find_map(|outcome| outcome.as_ref().err());
-        left_out.extend(problem.map(|problem| format!("{name}: {problem}")));
+    let mut agrees = |wanted: bool, name: &str, outcomes: &dyn Fn() -> Vec<Result<(), String>>| {
+        if !wanted {
+            return false;
+        }
+        let problem = outcomes().into_iter().find_map(Result::err);
+        left_out.extend(problem.as_ref().map(|problem| format!("{name}: {problem}")));
         problem.is_none()
     };
-    let each = |shapes: &[&[i64]], reference: Function<'_>, fused: Function<'_>| {
-        [Kind::Float, Kind::BFloat16].map(|kind| compare(kind, shapes, reference, fused))
+    let fused = Fused {
+        norm: agrees(wanted.norm, "RMSNorm", &|| norms(device)),
+        turns: agrees(wanted.turns, "rotary turns", &|| turns(device)),
+        gate: agrees(wanted.gate, "gates", &|| gates(device)),
+        loss: agrees(wanted.loss, "cross entropy", &|| losses(device)),
+        linear: agrees(wanted.linear, "linear layers", &|| linears(device)),
     };
-    let norm = |plus_one: bool| {
-        each(
-            &[&[3, 5, 37], &[37]],
+    Verified { fused, left_out }
+}
+
+/// Of a comparison in each type.
+fn in_each_type(
+    device: Device,
+    shapes: &[&[i64]],
+    reference: Function<'_>,
+    fused: Function<'_>,
+) -> [Result<(), String>; 2] {
+    [Kind::Float, Kind::BFloat16].map(|kind| compare(device, kind, shapes, reference, fused))
+}
+
+fn norms(device: Device) -> Vec<Result<(), String>> {
+    let of = |[rows, width]: [i64; 2], plus_one: bool| {
+        in_each_type(
+            device,
+            &[&[rows, width], &[width]],
             &|x| {
-                x[0].f_rms_norm([37], Some(if plus_one { x[1].f_add_scalar(1.0)? } else { x[1].shallow_clone() }), 1e-5)
+                let weight = if plus_one { x[1].f_add_scalar(1.0)? } else { x[1].shallow_clone() };
+                x[0].f_rms_norm([width], Some(weight), 1e-5)
             },
             &|x| rms_norm(&x[0], &x[1], 1e-5, plus_one).map_err(refused),
         )
     };
-    let tables = || Ok::<_, TchError>((wave(&[7, 1, 42], 0.3)?, wave(&[7, 1, 42], 0.7)?));
-    let turns = each(
-        &[&[2, 7, 3, 45]],
-        &|x| {
-            let ((cos, sin), turned) = (tables()?, x[0].f_narrow(-1, 0, 42)?);
-            let partner = turned.f_roll(21, -1_i64)?;
-            Tensor::f_cat(&[turned.f_mul(&cos)?.f_addcmul(&partner, &sin)?, x[0].f_narrow(-1, 42, 3)?], -1)
-        },
-        &|x| {
-            let (cos, sin) = tables()?;
-            rotate(&x[0], &cos, &sin).map_err(refused)
-        },
-    );
-    let gated = |activation: Activation, fused: Function<'_>| {
+    [of([15, 37], false), of([15, 37], true), of([3, 2304], false), of([530, 8], false)].concat()
+}
+
+fn turns(device: Device) -> Vec<Result<(), String>> {
+    let of = |shape: [i64; 4], table: &[i64]| {
+        let width = table.last().copied().unwrap_or(0);
+        let tables = || Ok::<_, TchError>((on(device, wave(table, 0.3)?)?, on(device, wave(table, 0.7)?)?));
+        in_each_type(
+            device,
+            &[&shape],
+            &|x| {
+                let ((cos, sin), turned) = (tables()?, x[0].f_narrow(-1, 0, width)?);
+                let partner = turned.f_roll(width / 2, -1_i64)?;
+                let kept = x[0].f_narrow(-1, width, shape[3] - width)?;
+                Tensor::f_cat(&[turned.f_mul(&cos)?.f_addcmul(&partner, &sin)?, kept], -1)
+            },
+            &|x| {
+                let (cos, sin) = tables()?;
+                rotate(&x[0], &cos, &sin).map_err(refused)
+            },
+        )
+    };
+    [of([2, 7, 3, 45], &[7, 1, 42]), of([2, 7, 9, 144], &[2, 7, 1, 128])].concat()
+}
+
+fn gates(device: Device) -> Vec<Result<(), String>> {
+    let of = |width: i64, activation: Activation, fused: Function<'_>| {
         let reference = |x: &[Tensor]| {
             let [gate, up] = halves(&x[0])?;
             match activation {
@@ -179,43 +236,48 @@ fn compare_all() -> Verified {
                 Activation::GeluTanh => gate.f_gelu("tanh")?.f_mul(&up),
             }
         };
-        each(&[&[3, 5, 2 * 37]], &reference, fused)
+        in_each_type(device, &[&[3, 5, 2 * width]], &reference, fused)
     };
-    let gates = [Activation::Silu, Activation::GeluTanh].map(|activation| {
+    let each = [Activation::Silu, Activation::GeluTanh].map(|activation| {
         let apart = |x: &[Tensor]| {
             let [one, other] = halves(&x[0])?;
             gate(&one, &other, activation).map_err(refused)
         };
         let both = |x: &[Tensor]| gate_of_both(&x[0], activation).map_err(refused);
-        [gated(activation, &apart), gated(activation, &both)].concat()
+        [of(37, activation, &apart), of(37, activation, &both), of(2304, activation, &both)].concat()
     });
-    let targets = || Tensor::f_from_slice(&[0_i64, 36, 15, 16, 20]);
-    let loss = each(
-        &[&[5, 37]],
-        &|x| {
-            let scores = x[0].f_mul_scalar(8.0)?.f_to_kind(Kind::Float)?;
-            scores.f_log_softmax(-1, Kind::Float)?.f_gather(1, &targets()?.f_unsqueeze(1)?, false)?.f_neg()
-        },
-        &|x| {
-            let scores = x[0].f_mul_scalar(8.0)?;
-            let mut gradient = scores.f_detach()?.f_mul_scalar(1.0)?;
-            let losses = cross_entropy(&mut gradient, &targets()?, true).map_err(refused)?.f_unsqueeze(1)?;
-            // The gradient enters through a product with the scores: their own values are taken off again.
-            let through = scores.f_to_kind(Kind::Float)?.f_mul(&gradient)?.f_sum_dim_intlist(-1, true, Kind::Float)?;
-            losses.f_add(&through.f_sub(&through.f_detach()?)?)
-        },
-    );
-    let linear = each(&[&[3, 5, 37], &[20, 37], &[20]], &|x| x[0].f_linear(&x[1], Some(&x[2])), &|x| {
-        linear(&x[0], &x[1].f_to_kind(Kind::Float)?, &x[1].f_detach()?, Some(&x[2])).map_err(refused)
-    });
-    let fused = Fused {
-        norm: agrees("RMSNorm", &[norm(false), norm(true)].concat()),
-        turns: agrees("rotary turns", &turns),
-        gate: agrees("gates", &gates.concat()),
-        loss: agrees("cross entropy", &loss),
-        linear: agrees("linear layers", &linear),
+    each.concat()
+}
+
+fn losses(device: Device) -> Vec<Result<(), String>> {
+    let of = |width: i64| {
+        let targets = || on(device, Tensor::f_from_slice(&[0_i64, width - 1, 15, 16, 20])?);
+        in_each_type(
+            device,
+            &[&[5, width]],
+            &|x| {
+                let scores = x[0].f_mul_scalar(8.0)?.f_to_kind(Kind::Float)?;
+                scores.f_log_softmax(-1, Kind::Float)?.f_gather(1, &targets()?.f_unsqueeze(1)?, false)?.f_neg()
+            },
+            &|x| {
+                let scores = x[0].f_mul_scalar(8.0)?;
+                let mut gradient = scores.f_detach()?.f_mul_scalar(1.0)?;
+                let losses = cross_entropy(&mut gradient, &targets()?, true).map_err(refused)?.f_unsqueeze(1)?;
+                // The gradient enters through a product with the scores: their own values are taken off again.
+                let products = scores.f_to_kind(Kind::Float)?.f_mul(&gradient)?;
+                let through = products.f_sum_dim_intlist(-1, true, Kind::Float)?;
+                losses.f_add(&through.f_sub(&through.f_detach()?)?)
+            },
+        )
     };
-    Verified { fused, left_out }
+    [of(37), of(4608)].concat()
+}
+
+fn linears(device: Device) -> Vec<Result<(), String>> {
+    let own =
+        |x: &[Tensor]| linear(&x[0], &x[1].f_to_kind(Kind::Float)?, &x[1].f_detach()?, Some(&x[2])).map_err(refused);
+    let shapes: [&[i64]; 3] = [&[3, 5, 37], &[20, 37], &[20]];
+    in_each_type(device, &shapes, &|x| x[0].f_linear(&x[1], Some(&x[2])), &own).into()
 }
 
 /// The halves of the last extent.
@@ -240,17 +302,23 @@ const fn bound(kind: Kind) -> f64 {
     }
 }
 
-/// Compares a function's value and gradients, with inputs of these extents in this type, with those of the reference
-/// in fp32 for the same inputs.
-fn compare(kind: Kind, shapes: &[&[i64]], reference: Function<'_>, fused: Function<'_>) -> Result<(), String> {
+/// Compares a function's value and gradients, with inputs of these extents in this type on this device, with those of
+/// the reference in fp32 for the same inputs there.
+fn compare(
+    device: Device,
+    kind: Kind,
+    shapes: &[&[i64]],
+    reference: Function<'_>,
+    fused: Function<'_>,
+) -> Result<(), String> {
     let run = |function: Function<'_>, computed: Kind| -> Result<Vec<Tensor>, TchError> {
         let inputs = shapes.iter().zip(0_i8..).map(|(shape, number)| {
-            let input = wave(shape, f64::from(number))?.f_to_kind(kind)?.f_to_kind(computed)?;
+            let input = on(device, wave(shape, f64::from(number))?)?.f_to_kind(kind)?.f_to_kind(computed)?;
             input.f_detach()?.f_set_requires_grad(true)
         });
         let inputs = inputs.collect::<Result<Vec<_>, TchError>>()?;
         let value = function(&inputs)?;
-        let direction = wave(&value.size(), 0.5)?.f_to_kind(kind)?.f_to_kind(Kind::Float)?;
+        let direction = on(device, wave(&value.size(), 0.5)?)?.f_to_kind(kind)?.f_to_kind(Kind::Float)?;
         value.f_to_kind(Kind::Float)?.f_mul(&direction)?.f_sum(Kind::Float)?.f_backward()?;
         let gradients = inputs.iter().map(Tensor::f_grad);
         let value = value.f_detach();
@@ -271,7 +339,12 @@ fn compare(kind: Kind, shapes: &[&[i64]], reference: Function<'_>, fused: Functi
     }
 }
 
-/// Numbers between -1 and 1.
+/// The tensor on `device`.
+fn on(device: Device, tensor: Tensor) -> Result<Tensor, TchError> {
+    tensor.f_to_device(device)
+}
+
+/// Numbers between -1 and 1, on the CPU.
 fn wave(shape: &[i64], phase: f64) -> Result<Tensor, TchError> {
     let count = shape.iter().product::<i64>();
     let numbers = Tensor::f_arange(count, (Kind::Float, Device::Cpu))?;
@@ -293,8 +366,12 @@ pub fn use_level(level: u64) -> Result<()> {
 }
 
 #[cfg(test)]
+mod device_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
+    use crate::torch::gpu::Emulated;
 
     const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -308,7 +385,105 @@ mod tests {
     #[test]
     fn every_function_agrees_with_libtorch() {
         assert_eq!(*verified(Device::Cpu), Verified { fused: Fused::ALL, left_out: Vec::new() });
-        assert_eq!(verified(Device::Cuda(0)).fused, Fused::NONE);
+        if crate::torch::device_count().unwrap() == 0 {
+            let Verified { fused, left_out } = verified(Device::Cuda(0));
+            assert_eq!((*fused, left_out.len()), (Fused::NONE, 2));
+            assert!(left_out[0].starts_with("RMSNorm, rotary turns"), "{left_out:?}");
+        }
+    }
+
+    /// The kernels for GPUs, on this thread: every form of each, forward and backward.
+    #[test]
+    fn kernels_agree_with_libtorch() {
+        let Some(_emulated) = Emulated::begin() else { return };
+        let found = compare_all(Device::Cpu, Fused::ALL);
+        assert_eq!(found, Verified { fused: Fused::ALL, left_out: Vec::new() });
+        let (all, done) = Emulated::forms();
+        assert_eq!(done, all, "forms of kernels that were run");
+        assert!(all >= 35, "{all}");
+    }
+
+    /// Against the loops for CPUs, which are another program: rows apart, beginnings at odd places, and nothing beside
+    /// the rows is touched.
+    #[test]
+    fn kernels_read_and_write_what_loops_do() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            // Views within a larger memory, at a beginning of `skip` elements.
+            let view = |phase: f64, [rows, width, apart, skip]: [i64; 4]| {
+                let memory = (wave(&[rows * apart + skip], phase).unwrap() * 3.0).to_kind(kind);
+                memory.narrow(0, skip, rows * apart).view([rows, apart]).narrow(1, 0, width)
+            };
+            let cases = [[3, 64, 64, 0], [3, 64, 72, 0], [3, 64, 64, 1], [5, 61, 64, 0], [2, 1, 7, 3], [70, 8, 8, 0]];
+            for extents in cases {
+                let all = |emulate: bool| {
+                    let _emulated = if emulate { Emulated::begin() } else { None };
+                    let leaf = |phase| view(phase, extents).detach().set_requires_grad(true);
+                    let weight = wave(&[extents[1]], 1.0).unwrap().set_requires_grad(true);
+                    let (x, g, u) = (leaf(0.0), leaf(1.0), leaf(2.0));
+                    let mut tensors = Vec::new();
+                    let mut learn = |value: Tensor, of: &[&Tensor]| {
+                        let direction = wave(&value.size(), 0.1).unwrap();
+                        (value.to_kind(Kind::Float) * direction).sum(Kind::Float).backward();
+                        tensors.push(value.detach());
+                        tensors.extend(of.iter().map(|leaf| leaf.grad()));
+                    };
+                    learn(rms_norm(&x, &weight, 1e-5, true).unwrap(), &[&x, &weight]);
+                    learn(gate(&g, &u, Activation::Silu).unwrap(), &[&g, &u]);
+                    learn(gate(&g, &u, Activation::GeluTanh).unwrap(), &[&g, &u]);
+                    let targets = Tensor::arange(extents[0], (Kind::Int64, Device::Cpu)).remainder(extents[1]);
+                    for gradient in [false, true] {
+                        let mut scores = (view(0.4, extents) * 2.0).contiguous();
+                        tensors.push(cross_entropy(&mut scores, &targets, gradient).unwrap());
+                        tensors.push(scores);
+                    }
+                    tensors
+                };
+                for (number, (own, right)) in all(true).iter().zip(all(false)).enumerate() {
+                    let far = (own.to_kind(Kind::Float) - right.to_kind(Kind::Float)).abs();
+                    let far = (far / (right.to_kind(Kind::Float).abs() + 1.0)).max().double_value(&[]);
+                    let within = if kind == Kind::Float { 2e-6 } else { 0.01 };
+                    assert!(far <= within, "{kind:?} {extents:?}: result {number} is {far:e} away");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_target_outside_the_vocabulary_is_a_nan_of_a_kernel() {
+        let Some(_emulated) = Emulated::begin() else { return };
+        for width in [40, 4608] {
+            let mut scores = Tensor::ones([3, width], F32);
+            let targets = Tensor::from_slice(&[-1, width, 7]);
+            let losses = Vec::<f32>::try_from(cross_entropy(&mut scores, &targets, true).unwrap()).unwrap();
+            assert!(losses[0].is_nan() && losses[1].is_nan(), "{losses:?}");
+            assert!((f64::from(losses[2]) - (width as f64).ln()).abs() < 1e-5, "{losses:?}");
+            assert!(scores.get(0).isnan().all().int64_value(&[]) == 1, "its gradient, too");
+            assert!((scores.get(2).sum(Kind::Double).double_value(&[])).abs() < 1e-5);
+        }
+    }
+
+    /// As the loops for CPUs have it: see below.
+    #[test]
+    fn a_kernel_hides_no_number_that_is_not_finite_and_takes_scores_of_minus_infinity() {
+        let Some(_emulated) = Emulated::begin() else { return };
+        let target = Tensor::from_slice(&[1_i64]);
+        for bad in [f64::NAN, f64::INFINITY] {
+            let mut scores = Tensor::full([1, 40], 1.0, F32);
+            let _ = scores.narrow(1, 35, 1).fill_(bad);
+            assert!(!cross_entropy(&mut scores, &target, true).unwrap().double_value(&[0]).is_finite());
+            let x = Tensor::full([1, 40], 1.0, F32);
+            let _ = x.narrow(1, 3, 1).fill_(bad);
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let x = x.to_kind(kind);
+                let normed = rms_norm(&x, &Tensor::ones([40], F32), 1e-5, false).unwrap();
+                assert!(normed.double_value(&[0, 3]).is_nan());
+                assert!(!gate(&x, &x, Activation::GeluTanh).unwrap().double_value(&[0, 3]).is_finite());
+            }
+        }
+        let mut scores = Tensor::full([1, 40], f64::NEG_INFINITY, F32);
+        let _ = scores.narrow(1, 1, 1).fill_(-300.0);
+        assert_eq!(cross_entropy(&mut scores, &target, true).unwrap().double_value(&[0]), 0.0);
+        assert_eq!(scores.abs().max().double_value(&[]), 0.0);
     }
 
     #[test]
@@ -322,10 +497,10 @@ mod tests {
             (&|x| x[0].f_detach()?.f_square(), "grad"),
         ];
         for (wrong, said) in cases {
-            let error = compare(Kind::Float, &[&[3, 5]], right, wrong).unwrap_err();
+            let error = compare(Device::Cpu, Kind::Float, &[&[3, 5]], right, wrong).unwrap_err();
             assert!(error.contains(said), "{error}");
         }
-        compare(Kind::BFloat16, &[&[3, 5]], right, right).unwrap();
+        compare(Device::Cpu, Kind::BFloat16, &[&[3, 5]], right, right).unwrap();
     }
 
     /// Value and gradients of every function, in both types, as bytes.

@@ -20,6 +20,7 @@ mod copier;
 mod copies;
 mod ffi;
 pub mod fused;
+mod gpu;
 mod group;
 #[cfg(test)]
 pub(crate) mod memory;

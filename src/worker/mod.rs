@@ -87,6 +87,8 @@ struct Worker {
     reports: Reports,
     /// Time spent waiting for captures and fingerprints since the last step report.
     stalled: Duration,
+    /// The captured step whose capture the device waits for in the host's place.
+    held: Option<Step>,
     /// Whether measured states wait for the agent's verdict.
     may_stop_early: bool,
     fitting: Fitting,
@@ -142,7 +144,7 @@ impl Worker {
             }
             let Pass { loss } = self.training.forward_backward(step).map_err(|error| at(step, error))?;
             // The last moment at which the state of step `done` still stands.
-            self.finish_capture()?;
+            self.release_capture()?;
             self.training.timer().lap(Part::Capture)?;
             let Update { grad_norm, lr } = self.training.update(step)?;
 
@@ -183,8 +185,12 @@ impl Worker {
 
     /// Reports the step whose report is due, if there is one: nobody may hear of a state before that.
     fn report(&mut self) -> Result<()> {
-        let Some(due) = self.reports.due(self.training.timer())? else { return Ok(()) };
+        let Some(mut due) = self.reports.due(self.training.timer())? else { return Ok(()) };
         self.patience.step(due.took_s, due.after);
+        // The device has passed this step, and in it the wait for the copy of the state before.
+        if self.held.is_some_and(|captured| captured < due.report.step) {
+            due.report.stall_s += self.wait_for_capture()?.as_secs_f64();
+        }
         self.link.tell(&FromWorker::Step(due.report));
         Ok(())
     }
@@ -199,7 +205,7 @@ impl Worker {
         })?;
         match mode {
             CaptureMode::Overlap | CaptureMode::Hasty => Ok(()),
-            CaptureMode::Blocking => self.finish_capture(),
+            CaptureMode::Blocking => self.release_capture(),
         }
     }
 
@@ -215,13 +221,28 @@ impl Worker {
         Ok(Some(fingerprint))
     }
 
+    /// What is launched from here on may change the captured state. On a GPU nothing waits here but its stream.
+    fn release_capture(&mut self) -> Result<()> {
+        if self.capture.release()? {
+            self.held = Some(self.done);
+            return Ok(());
+        }
+        self.finish_capture()
+    }
+
     /// Waits for the capture under way, if there is one.
     fn finish_capture(&mut self) -> Result<()> {
-        if let Some(stall) = self.capture.wait()? {
-            self.stalled += stall;
-            self.link.tell(&FromWorker::Stalled { step: self.done, stall_s: stall.as_secs_f64() });
-        }
+        let stall = self.wait_for_capture()?;
+        self.stalled += stall;
         Ok(())
+    }
+
+    /// The same, and returns how long it has held up the computation.
+    fn wait_for_capture(&mut self) -> Result<Duration> {
+        let step = self.held.take().unwrap_or(self.done);
+        let Some(stall) = self.capture.wait()? else { return Ok(Duration::ZERO) };
+        self.link.tell(&FromWorker::Stalled { step, stall_s: stall.as_secs_f64() });
+        Ok(stall)
     }
 
     /// The validation loss over this rank's share; abandoned at once when the run is to end early.

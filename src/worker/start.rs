@@ -111,7 +111,6 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let training = built.start(&task.data, Peers::new(group))?;
     let (link, done, last) = (link.clone(), resume_step, Step(task.train.steps));
     let may_stop_early = task.train.early_stopping.is_some();
-    let stalled = Duration::ZERO;
     let gauge = Gauge::new(place.device, task.train.precision, task.parallel.peak_tflops, done)?;
     let reports = Reports::new(place.device, gauge)?;
     let fitting = Fitting::new(task, place);
@@ -125,7 +124,8 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         replicated,
         patience,
         reports,
-        stalled,
+        stalled: Duration::ZERO,
+        held: None,
         may_stop_early,
         fitting,
     };

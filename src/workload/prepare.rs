@@ -161,7 +161,5 @@ fn reading_base(site: &Site<'_>) {
 
 /// Where datasets that lie in an object store are kept on this machine; `None`: this user has no such place.
 fn cache_folder() -> Option<PathBuf> {
-    let named = |name| env::raw(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")));
-    Some(base?.join("trainer").join("datasets"))
+    Some(env::cache_folder()?.join("datasets"))
 }

@@ -26,6 +26,16 @@ const bool defaults_set = [] {
   if (getenv("PYTORCH_CUDA_ALLOC_CONF") == nullptr) {
     set("PYTORCH_ALLOC_CONF", "expandable_segments:True");
   }
+  // A collective that fails or exceeds its limit ends the process at once, without tidying up: its agent starts the
+  // group again. (3: SkipCleanUp.)
+  set("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3");
+  // A watchdog that hangs in a call of CUDA or NCCL ends the process, too; the default is eight minutes.
+  set("TORCH_NCCL_ENABLE_MONITORING", "1");
+  set("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "120");
+  // There is no flight recorder (see above) whose notes an end would have to wait for.
+  set("TORCH_NCCL_DUMP_ON_TIMEOUT", "0");
+  // Sums within NVLink's switches have no order that is promised; rings and trees of one machine type have.
+  set("NCCL_NVLS_ENABLE", "0");
 #endif
   return true;
 }();

@@ -1,10 +1,11 @@
-// CUDA: devices, pinned memory, and copies to the host on a separate stream. Without CUDA the functions return an
-// error.
+// CUDA: devices, pinned memory, and copies to the host on a separate stream. Without CUDA, functions that need a GPU
+// return an error.
 #include "shim.h"
 
-#ifdef TRAINER_CUDA
+#include <cstring>
 #include <memory>
 
+#ifdef TRAINER_CUDA
 #include <c10/cuda/CUDAEvent.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -22,12 +23,15 @@ struct Run {
   uint64_t bytes;
 };
 
-// A point in the compute stream's work.
+// A point in the compute stream's work, and copies behind it. On a CPU (-1) all work before it is done, and so is a
+// copy when the call that orders it returns.
 struct Mark {
-#ifdef TRAINER_CUDA
-  explicit Mark(at::DeviceIndex index) : device(index), event(cudaEventDisableTiming) {}
+  explicit Mark(int32_t index) : device(static_cast<at::DeviceIndex>(index)) {}
   at::DeviceIndex device;
-  c10::cuda::CUDAEvent event;
+#ifdef TRAINER_CUDA
+  c10::cuda::CUDAEvent event{cudaEventDisableTiming};
+  // The copies are done. Blocking, not spinning: the thread that waits leaves its core to computing threads.
+  c10::cuda::CUDAEvent done{cudaEventDisableTiming | cudaEventBlockingSync};
 #endif
 };
 
@@ -61,14 +65,15 @@ int32_t trn_use_device(int32_t index) {
 
 int32_t trn_mark(int32_t index, Mark** out) {
   return guarded([&] {
+    auto mark = std::make_unique<Mark>(index);
+    if (index >= 0) {
 #ifdef TRAINER_CUDA
-    auto mark = std::make_unique<Mark>(static_cast<at::DeviceIndex>(index));
-    mark->event.record(c10::cuda::getCurrentCUDAStream(mark->device));
-    *out = mark.release();
+      mark->event.record(c10::cuda::getCurrentCUDAStream(mark->device));
 #else
-    (void)index, (void)out;
-    TORCH_CHECK(false, "built without CUDA");
+      TORCH_CHECK(false, "built without CUDA");
 #endif
+    }
+    *out = mark.release();
   });
 }
 
@@ -76,24 +81,54 @@ int32_t trn_mark_free(Mark* mark) {
   return guarded([&] { delete mark; });
 }
 
-// Copies to the host the content that the sources had at the mark, and returns when the bytes have arrived.
+// Orders copies to the host of the content that the sources had at the mark. Out of pinned memory it returns before
+// they are made.
 int32_t trn_copy_after(Mark* mark, const Run* runs, size_t count) {
   return guarded([&] {
+    if (mark->device < 0) {
+      for (size_t i = 0; i < count; ++i) {
+        std::memcpy(runs[i].target, runs[i].source, runs[i].bytes);
+      }
+      return;
+    }
 #ifdef TRAINER_CUDA
     c10::cuda::CUDAGuard guard(mark->device);
     auto stream = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, mark->device);
     mark->event.block(stream);
-    for (size_t i = 0; i < count; ++i) {
-      C10_CUDA_CHECK(cudaMemcpyAsync(
-          runs[i].target, runs[i].source, runs[i].bytes, cudaMemcpyDeviceToHost, stream.stream()));
+    auto result = cudaSuccess;
+    for (size_t i = 0; i < count && result == cudaSuccess; ++i) {
+      result = cudaMemcpyAsync(
+          runs[i].target, runs[i].source, runs[i].bytes, cudaMemcpyDeviceToHost, stream.stream());
     }
-    // Blocking, not spinning: the thread leaves its core to computing threads.
-    c10::cuda::CUDAEvent done(cudaEventDisableTiming | cudaEventBlockingSync);
-    done.record(stream);
-    done.synchronize();
+    // Behind the copies that were ordered before one failed, too: they write to memory that must stay.
+    mark->done.record(stream);
+    C10_CUDA_CHECK(result);
+#endif
+  });
+}
+
+// Returns when the bytes of trn_copy_after have arrived. It may run beside trn_copy_hold.
+int32_t trn_copy_wait(const Mark* mark) {
+  return guarded([&] {
+#ifdef TRAINER_CUDA
+    // An event that was never recorded is done.
+    mark->done.synchronize();
 #else
-    (void)mark, (void)runs, (void)count;
-    TORCH_CHECK(false, "built without CUDA");
+    (void)mark;
+#endif
+  });
+}
+
+// Whatever is launched on the device's current stream from here on runs when the bytes of trn_copy_after, which has
+// returned, have arrived. The host does not wait.
+int32_t trn_copy_hold(Mark* mark) {
+  return guarded([&] {
+#ifdef TRAINER_CUDA
+    if (mark->device >= 0) {
+      mark->done.block(c10::cuda::getCurrentCUDAStream(mark->device));
+    }
+#else
+    (void)mark;
 #endif
   });
 }

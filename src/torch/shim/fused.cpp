@@ -2,8 +2,8 @@
 // RMSNorm, rotary turns, the gate of a feed-forward layer, and cross entropy. And linear layers whose weight gradient
 // is added where it belongs.
 //
-// They save their inputs and nothing else but a number a row. The loops are those of kernels.h; they are for a CPU, and
-// a tensor elsewhere is refused: the caller then uses LibTorch's operations.
+// They save their inputs and nothing else but a number a row. On a CPU the loops are those of kernels.h, on a GPU the
+// kernels of launch.h.
 #include "shim.h"
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 
 #include "direct.h"
 #include "kernels.h"
+#include "launch.h"
 
 namespace trainer {
 
@@ -56,7 +57,8 @@ const Kernels& kernels() {
 }
 
 Type type_of(const at::Tensor& tensor) {
-  TORCH_CHECK(tensor.device().is_cpu(), "there is no fused function for ", tensor.device());
+  TORCH_CHECK(
+      tensor.device().is_cpu() || tensor.device().is_cuda(), "there is no fused function for ", tensor.device());
   switch (tensor.scalar_type()) {
     case at::kFloat:
       return Type::kFloat;
@@ -111,11 +113,17 @@ struct RmsNorm : public Function<RmsNorm> {
     auto y = at::empty(x.sizes(), x.options());
     const auto outputs = y.view({-1, x.size(-1)});
     const auto scales = at::empty({inputs.size(0)}, x.options().dtype(at::kFloat));
-    for_rows(inputs.size(0), inputs.size(1), [&](int64_t begin, int64_t end) {
-      kernels().rms_norm(
-          type, rows(inputs), factors.const_data_ptr<float>(), static_cast<float>(eps), rows(outputs),
-          scales.mutable_data_ptr<float>(), begin, end, inputs.size(1));
-    });
+    if (is_for_gpu(x)) {
+      gpu::rms_norm(
+          x.device(), type, rows(inputs), factors.const_data_ptr<float>(), static_cast<float>(eps), rows(outputs),
+          scales.mutable_data_ptr<float>(), inputs.size(0), inputs.size(1));
+    } else {
+      for_rows(inputs.size(0), inputs.size(1), [&](int64_t begin, int64_t end) {
+        kernels().rms_norm(
+            type, rows(inputs), factors.const_data_ptr<float>(), static_cast<float>(eps), rows(outputs),
+            scales.mutable_data_ptr<float>(), begin, end, inputs.size(1));
+      });
+    }
     context->save_for_backward({x, factors, scales});
     context->saved_data["type"] = static_cast<int64_t>(weight.scalar_type());
     return y;
@@ -133,21 +141,40 @@ struct RmsNorm : public Function<RmsNorm> {
       dx = at::empty(x.sizes(), x.options());
       to = {dx.data_ptr(), width};
     }
-    const int64_t split = std::min(count, kParts);
+    const auto* weights = factors.const_data_ptr<float>();
+    const auto* scaled = scales.const_data_ptr<float>();
+    const bool by_kernel = is_for_gpu(x);
+    const int64_t split = std::min(count, by_kernel ? gpu::kParts : kParts);
+    at::Tensor total;
     if (context->needs_input_grad(1)) {
-      parts = at::zeros({split, width}, factors.options());
+      // A kernel writes all of them; the loops add to them.
+      parts = by_kernel && split > 0 ? at::empty({split, width}, factors.options())
+                                     : at::zeros({split, width}, factors.options());
+      total = count > 0 ? at::empty({width}, factors.options()) : at::zeros({width}, factors.options());
     }
-    at::parallel_for(0, split, count * width < kGrain ? split : 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; ++part) {
-        kernels().rms_norm_backward(
-            type, rows(inputs), factors.const_data_ptr<float>(), scales.const_data_ptr<float>(), rows(given), to,
-            parts.defined() ? parts.mutable_data_ptr<float>() + part * width : nullptr, part * count / split,
-            (part + 1) * count / split, width);
+    if (by_kernel) {
+      if (dx.defined()) {
+        gpu::rms_norm_backward(x.device(), type, rows(inputs), weights, scaled, rows(given), to, count, width);
       }
-    });
-    if (parts.defined()) {
-      auto total = at::empty({width}, factors.options());
-      kernels().add_up(parts.const_data_ptr<float>(), split, width, total.mutable_data_ptr<float>());
+      if (parts.defined()) {
+        gpu::rms_norm_weight(
+            x.device(), type, rows(inputs), scaled, rows(given), parts.mutable_data_ptr<float>(), split,
+            total.mutable_data_ptr<float>(), count, width);
+      }
+    } else {
+      at::parallel_for(0, split, count * width < kGrain ? split : 1, [&](int64_t first, int64_t last) {
+        for (int64_t part = first; part < last; ++part) {
+          kernels().rms_norm_backward(
+              type, rows(inputs), weights, scaled, rows(given), to,
+              parts.defined() ? parts.mutable_data_ptr<float>() + part * width : nullptr, part * count / split,
+              (part + 1) * count / split, width);
+        }
+      });
+      if (parts.defined()) {
+        kernels().add_up(parts.const_data_ptr<float>(), split, width, total.mutable_data_ptr<float>());
+      }
+    }
+    if (total.defined()) {
       dweight = total.to(static_cast<at::ScalarType>(context->saved_data["type"].toInt()));
     }
     return {dx, dweight, at::Tensor(), at::Tensor()};
@@ -167,6 +194,10 @@ at::Tensor rotated(const at::Tensor& given, const at::Tensor& cos, const at::Ten
   const Turns turns{
       cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), cos.dim() == 4 && cos.size(0) > 1 ? cos.stride(0) : 0,
       cos.stride(-3)};
+  if (is_for_gpu(x)) {
+    gpu::rotate(x.device(), type, heads(x), turns, heads(y), extents, inverse, x.size(0) * x.size(1));
+    return y;
+  }
   for_rows(x.size(0) * x.size(1), x.size(2) * x.size(3), [&](int64_t begin, int64_t end) {
     kernels().rotate(type, heads(x), turns, heads(y), extents, inverse, begin, end);
   });
@@ -201,6 +232,10 @@ at::Tensor gated(const at::Tensor& gate, const at::Tensor& up, Activation act) {
   const auto gates = as_rows(gate), ups = as_rows(up);
   auto y = at::empty(gate.sizes(), gate.options());
   const auto outputs = y.view({-1, gate.size(-1)});
+  if (is_for_gpu(gate)) {
+    gpu::gate(gate.device(), type, act, rows(gates), rows(ups), rows(outputs), gates.size(0), gates.size(1));
+    return y;
+  }
   for_rows(gates.size(0), gates.size(1), [&](int64_t begin, int64_t end) {
     kernels().gate(type, act, rows(gates), rows(ups), rows(outputs), begin, end, gates.size(1));
   });
@@ -212,6 +247,12 @@ void gated_backward(
     const at::Tensor& dup) {
   const auto type = type_of(gate);
   const auto gates = as_rows(gate), ups = as_rows(up), d = as_rows(given);
+  if (is_for_gpu(gate)) {
+    gpu::gate_backward(
+        gate.device(), type, act, rows(gates), rows(ups), rows(d), rows(dgate), rows(dup), gates.size(0),
+        gates.size(1));
+    return;
+  }
   for_rows(gates.size(0), gates.size(1), [&](int64_t begin, int64_t end) {
     kernels().gate_backward(
         type, act, rows(gates), rows(ups), rows(d), rows(dgate), rows(dup), begin, end, gates.size(1));
@@ -356,7 +397,8 @@ int32_t trn_fused_linear(
   });
 }
 
-// The losses of `scores` `[rows, vocabulary]`, fp32 `[rows]`. With `gradient` the scores become their gradients.
+// The losses of `scores` `[rows, vocabulary]`, fp32 `[rows]`. With `gradient` the scores become their gradients. A
+// target outside the vocabulary is an error on a CPU; a GPU's targets are not read here, and its loss is then a NaN.
 int32_t trn_fused_cross_entropy(
     const at::Tensor* scores, const at::Tensor* targets, int32_t gradient, at::Tensor** out) {
   return guarded([&] {
@@ -369,14 +411,19 @@ int32_t trn_fused_cross_entropy(
         "the cross entropy of ", scores->sizes(), " with targets of ", targets->sizes());
     const int64_t width = scores->size(1);
     const auto* wanted = targets->const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < targets->size(0); ++i) {
-      TORCH_CHECK_INDEX(wanted[i] >= 0 && wanted[i] < width, "target ", wanted[i], " of ", width, " tokens");
-    }
     auto losses = at::empty({scores->size(0)}, scores->options().dtype(at::kFloat));
     auto* to = losses.mutable_data_ptr<float>();
-    for_rows(scores->size(0), width, [&](int64_t begin, int64_t end) {
-      kernels().cross_entropy(type, rows(*scores), wanted, to, gradient != 0, begin, end, width);
-    });
+    if (is_for_gpu(*scores)) {
+      gpu::cross_entropy(
+          scores->device(), type, rows(*scores), wanted, to, gradient != 0, scores->size(0), width);
+    } else {
+      for (int64_t i = 0; i < targets->size(0); ++i) {
+        TORCH_CHECK_INDEX(wanted[i] >= 0 && wanted[i] < width, "target ", wanted[i], " of ", width, " tokens");
+      }
+      for_rows(scores->size(0), width, [&](int64_t begin, int64_t end) {
+        kernels().cross_entropy(type, rows(*scores), wanted, to, gradient != 0, begin, end, width);
+      });
+    }
     *out = new at::Tensor(std::move(losses));
   });
 }

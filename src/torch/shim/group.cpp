@@ -282,10 +282,40 @@ c10::intrusive_ptr<c10d::Backend> make_nccl(
   c10::cuda::CUDAGuard guard(device);
   auto options = c10d::ProcessGroupNCCL::Options::create();
   options->timeout = timeout;
+  // Calls of NCCL return when they are done. With a bound device some versions of LibTorch choose otherwise.
+  options->config.blocking = 1;
   return c10::make_intrusive<c10d::ProcessGroupNCCL>(store, rank, size, std::move(options));
 #else
   (void)store, (void)rank, (void)size, (void)timeout, (void)device;
   TORCH_CHECK(false, "built without CUDA, so without NCCL");
+#endif
+}
+
+// Does once, with few bytes and with many, what every step does: NCCL makes a connection when it is first used, and
+// chooses by the size which ones it uses. What fails here, and the time that it takes, is then no step's.
+void warm_up(c10d::ProcessGroup& group, at::Device device, milliseconds timeout) {
+#ifdef USE_C10D_NCCL
+  at::NoGradGuard no_grad;
+  c10::cuda::CUDAGuard guard(device);
+  const auto finish = [&](const c10::intrusive_ptr<c10d::Work>& work) {
+    // With a limit the host waits for the GPU, and for its error.
+    TORCH_CHECK(work->wait(timeout), "the first collective of the group has failed");
+  };
+  for (const int64_t chunk : {int64_t{64}, int64_t{1} << 20}) {
+    auto flat = at::ones({chunk * group.getSize()}, at::TensorOptions().dtype(at::kFloat).device(device));
+    auto own = flat.narrow(0, group.getRank() * chunk, chunk);
+    std::vector<at::Tensor> all{flat};
+    finish(group.allreduce(all));
+    finish(group._reduce_scatter_base(own, flat));
+    finish(group._allgather_base(flat, own));
+    // n ranks have summed ones, and then these sums.
+    const auto size = static_cast<double>(group.getSize());
+    TORCH_CHECK(flat.eq(size * size).all().item<bool>(), "the first collectives of the group have a wrong result");
+  }
+  std::vector<at::Tensor> one{at::ones({1}, at::TensorOptions().dtype(at::kFloat).device(device))};
+  finish(group.broadcast(one));
+#else
+  (void)group, (void)device, (void)timeout;
 #endif
 }
 
@@ -381,12 +411,17 @@ int32_t trn_group_new(
       backend = c10::make_intrusive<c10d::ProcessGroupGloo>(scoped, rank, size, std::move(options));
     }
     auto group = c10::make_intrusive<c10d::ProcessGroup>(scoped, rank, size);
+    if (nccl != 0) {
+      // Handed to the backend with it: no collective has to guess its GPU.
+      group->setBoundDeviceId(device);
+    }
     group->setBackend(device.type(), type, backend);
     group->setDefaultBackend(type);
     group->setGroupName(prefix);
     if (nccl != 0) {
       // Otherwise NCCL makes its communicator in the first collective, and its failure would be a step's.
       backend->eagerConnectSingleDevice(device);
+      warm_up(*group, device, timeout);
     }
     *out = new Group{std::move(group), device};
   });

@@ -108,6 +108,12 @@ fn captures_have_the_state_of_their_step_however_busy_the_device_is() {
         let job = CopyJob { tensor: state.shallow_clone(), piece: 0, offset: 0, len: 4 << 18 };
         let ticket = copier.start(slot, vec![job], |_| {}).unwrap();
         let _ = busy.matmul(&busy);
+        // On a GPU the stream waits for the copy, and what it does behind that may overwrite the state.
+        let held = ticket.hold().unwrap();
+        assert_eq!(held, device() != Device::Cpu);
+        if held {
+            let _ = state.fill_(-1.0);
+        }
         slot = ticket.wait().unwrap().destination;
         let expected = (step as f32).to_le_bytes();
         assert!(slot[0].as_mut().chunks_exact(4).all(|bytes| bytes == expected), "step {step}");

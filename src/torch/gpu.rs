@@ -1,0 +1,312 @@
+//! The kernels for GPUs (`shim/gpu.cu`): compiled when a worker starts, kept on disk, loaded.
+//!
+//! NVIDIA's run-time compiler, which comes with LibTorch, makes them for the very GPU that is there. That takes a few
+//! seconds once; the next worker finds the result. A process that has loaded them keeps them to its end.
+//!
+//! *Stored:* a file for each kind of GPU in the user's cache, `trainer/kernels/sm_90-DIGEST.cubin`. The digest is that
+//! of the source, the options and the driver's version, so a file never changes its meaning. It begins with a line that
+//! says what it is and a line with the SHA-256 of the rest, which is the code.
+//!
+//! *Invariants:* code is loaded only if its digest is right. A file appears whole, by a rename, and any number of
+//! workers may write the same one at once. *Crash:* leaves a file whose name begins with a dot, which nobody reads.
+//! *Errors:* a cache that can't be read or written is none; a compiler or a driver that refuses is an error, and the
+//! caller computes without these kernels.
+
+use std::{
+    ffi::{CString, c_char},
+    fs::{self, File},
+    io::{self, Write},
+    path::Path,
+    ptr, slice,
+};
+
+use sha2::{Digest, Sha256};
+use tch::Device;
+
+use super::{
+    Result, TorchError, device_kind,
+    ffi::{self, check},
+};
+use crate::{env, ids::random_hex};
+
+/// What is compiled.
+const SOURCE: &str = concat!(include_str!("shim/gpu_args.h"), include_str!("shim/gpu.cu"));
+
+/// The compiler's library, where the loader finds LibTorch's.
+const LIBRARY: &str = "libnvrtc.so.13";
+
+/// The first line of a file of the cache.
+const MAGIC: &str = "trainer kernels 1\n";
+
+/// Makes the kernels ready for `device`: those that are kept, if there are such, otherwise newly compiled ones.
+pub(super) fn load(device: Device) -> Result<()> {
+    let Some(kind) = device_kind(device)? else { return Err(TorchError::Device(device)) };
+    let (index, options) = (ffi::device_index(device)?, options(kind.capability));
+    let name = name(kind.capability, &options, driver_version()?);
+    let folder = env::cache_folder().map(|folder| folder.join("kernels"));
+    if let Some(image) = folder.as_deref().and_then(|folder| kept(folder, &name)) {
+        match load_image(index, &image) {
+            Ok(()) => return Ok(()),
+            Err(error) => tracing::debug!(%error, "kept kernels can't be loaded: they are compiled again"),
+        }
+    }
+    let Compiled { image, .. } = Compiler::open(LIBRARY)?.compile(SOURCE, &options)?;
+    load_image(index, &image)?;
+    if let Some(folder) = folder
+        && let Err(error) = keep(&folder, &name, &image)
+    {
+        tracing::debug!(%error, "compiled kernels are not kept");
+    }
+    Ok(())
+}
+
+fn load_image(index: i32, image: &[u8]) -> Result<()> {
+    // SAFETY: the image is whole, as the compiler made it; the driver copies it.
+    check("load the kernels", unsafe { ffi::trn_gpu_load(index, image.as_ptr().cast()) })
+}
+
+fn driver_version() -> Result<i32> {
+    let mut version = 0;
+    // SAFETY: the pointer is valid for the call.
+    check("ask for the driver's version", unsafe { ffi::trn_gpu_driver(&mut version) })?;
+    Ok(version)
+}
+
+/// How the kernels are compiled for a GPU of this compute capability, such as 90.
+fn options(capability: u32) -> Vec<String> {
+    vec![format!("--gpu-architecture=sm_{capability}"), "--std=c++17".to_owned()]
+}
+
+/// The name of the file that keeps them.
+fn name(capability: u32, options: &[String], driver: i32) -> String {
+    let mut digest = Sha256::new();
+    for part in options.iter().map(String::as_str).chain([driver.to_string().as_str(), SOURCE]) {
+        // Lengths in front, so that no two lists of parts are one text.
+        digest.update((part.len() as u64).to_le_bytes());
+        digest.update(part.as_bytes());
+    }
+    format!("sm_{capability}-{}.cubin", hex(&digest.finalize()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The code in this file of the cache; `None`: there is none, or it is damaged.
+fn kept(folder: &Path, name: &str) -> Option<Vec<u8>> {
+    let file = fs::read(folder.join(name)).ok()?;
+    let rest = file.strip_prefix(MAGIC.as_bytes())?;
+    let (digest, image) = rest.split_at_checked(64)?;
+    let image = image.strip_prefix(b"\n")?;
+    (hex(&Sha256::digest(image)).as_bytes() == digest && !image.is_empty()).then(|| image.to_vec())
+}
+
+fn keep(folder: &Path, name: &str, image: &[u8]) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    // Workers of several containers may have one folder, and equal process ids.
+    let partial = folder.join(format!(".{name}.{}", random_hex(8)));
+    let written = (|| {
+        let mut file = File::create(&partial)?;
+        file.write_all(format!("{MAGIC}{}\n", hex(&Sha256::digest(image))).as_bytes())?;
+        file.write_all(image)?;
+        fs::rename(&partial, folder.join(name))
+    })();
+    if written.is_err() {
+        // Otherwise there is nothing left of it.
+        let _ = fs::remove_file(&partial);
+    }
+    written
+}
+
+/// NVIDIA's run-time compiler.
+#[derive(Debug)]
+struct Compiler {
+    handle: *mut ffi::CompilerHandle,
+}
+
+/// What it has made.
+#[derive(Debug)]
+struct Compiled {
+    /// Code for one kind of GPU.
+    image: Vec<u8>,
+    /// What the compiler says beside.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests look for spilled registers"))]
+    log: String,
+}
+
+impl Compiler {
+    /// `library`: its path, or its name for the loader to find.
+    fn open(library: &str) -> Result<Self> {
+        let doing = "open NVRTC";
+        let library = ffi::c_text(doing, library)?;
+        let (mut version, mut handle) = (0, ptr::null_mut());
+        // SAFETY: pointers are valid for the call.
+        check(doing, unsafe { ffi::trn_nvrtc_open(library.as_ptr(), &mut version, &mut handle) })?;
+        tracing::debug!(version, "kernels are compiled by NVRTC");
+        Ok(Self { handle })
+    }
+
+    fn compile(&self, source: &str, options: &[String]) -> Result<Compiled> {
+        let doing = "compile kernels";
+        let source = ffi::c_text(doing, source)?;
+        let options = options.iter().map(|option| ffi::c_text(doing, option)).collect::<Result<Vec<CString>>>()?;
+        let raws: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+        let mut handle = ptr::null_mut();
+        let count = i32::try_from(raws.len()).map_err(|_| TorchError::Number { doing, what: "the options" })?;
+        // SAFETY: pointers are valid for the call, and there are as many options as it is told.
+        let status = unsafe { ffi::trn_nvrtc_compile(self.handle, source.as_ptr(), raws.as_ptr(), count, &mut handle) };
+        check(doing, status)?;
+        let (mut image, mut image_bytes, mut log, mut log_bytes) = (ptr::null(), 0, ptr::null(), 0);
+        // SAFETY: the handle was just made; the other pointers are valid for the call.
+        let status = unsafe { ffi::trn_compiled_parts(handle, &mut image, &mut image_bytes, &mut log, &mut log_bytes) };
+        let compiled = check(doing, status).map(|()| {
+            // SAFETY: the shim said where its bytes are, which it keeps until the handle is freed.
+            let (image, log) = unsafe {
+                (slice::from_raw_parts(image.cast(), image_bytes), slice::from_raw_parts(log.cast(), log_bytes))
+            };
+            Compiled { image: image.to_vec(), log: String::from_utf8_lossy(log).into_owned() }
+        });
+        // SAFETY: made by the shim and freed once.
+        unsafe { ffi::trn_compiled_free(handle) };
+        compiled
+    }
+}
+
+impl Drop for Compiler {
+    fn drop(&mut self) {
+        // SAFETY: made by the shim and freed once.
+        unsafe { ffi::trn_nvrtc_free(self.handle) };
+    }
+}
+
+/// While it exists, this thread computes tensors of the CPU by the kernels for GPUs.
+#[cfg(test)]
+#[derive(Debug)]
+pub(super) struct Emulated;
+
+#[cfg(test)]
+impl Emulated {
+    /// `None`, and a line that says so: this program is made without the emulation.
+    pub(super) fn begin() -> Option<Self> {
+        // SAFETY: takes a flag.
+        match check("emulate a GPU", unsafe { ffi::trn_gpu_emulate(1) }) {
+            Ok(()) => Some(Self),
+            Err(error) => {
+                assert!(cfg!(torch_cuda) || !cfg!(debug_assertions), "{error}");
+                println!("SKIPPED: {error}");
+                None
+            }
+        }
+    }
+
+    /// The forms of kernels that there are, and those that this thread has emulated.
+    pub(super) fn forms() -> (u64, u64) {
+        let (mut all, mut done) = (0, 0);
+        // SAFETY: pointers are valid for the call.
+        check("count emulated kernels", unsafe { ffi::trn_gpu_emulated(&mut all, &mut done) }).unwrap();
+        (all, done)
+    }
+}
+
+#[cfg(test)]
+impl Drop for Emulated {
+    fn drop(&mut self) {
+        // SAFETY: takes a flag.
+        unsafe { ffi::trn_gpu_emulate(0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The compiler that `scripts/test` fetches, or that of a LibTorch for GPUs.
+    fn compiler() -> Option<Compiler> {
+        let fetched = env::cache_folder().map(|it| it.join("libtorch-2.11.0-cuda-build/nvidia/cu13/lib").join(LIBRARY));
+        let fetched = fetched.filter(|library| library.exists());
+        let library = fetched.map_or(LIBRARY.to_owned(), |library| library.display().to_string());
+        match Compiler::open(&library) {
+            Ok(compiler) => Some(compiler),
+            Err(error) => {
+                println!("SKIPPED: kernels are not compiled for GPUs: {error}; scripts/setup --cuda-build fetches it");
+                None
+            }
+        }
+    }
+
+    /// The number behind each `word` of the log.
+    fn numbers_before(word: &str, log: &str) -> Vec<u32> {
+        let found = log.match_indices(word).map(|(at, _)| log[..at].trim_end());
+        let number = |text: &str| text.rsplit(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
+        found.map(number).collect()
+    }
+
+    #[test]
+    fn every_kernel_compiles_for_every_kind_of_gpu_and_keeps_its_numbers_in_registers() {
+        let Some(compiler) = compiler() else { return };
+        for capability in [80, 86, 89, 90] {
+            let mut options = options(capability);
+            options.push("--ptxas-options=--verbose".to_owned());
+            let Compiled { image, log } = compiler.compile(SOURCE, &options).unwrap();
+            assert!(image.starts_with(b"\x7fELF"));
+            let (spills, registers) = (numbers_before("bytes spill stores", &log), numbers_before("registers", &log));
+            let (forms, _) = Emulated::forms();
+            assert_eq!((spills.len() as u64, registers.len() as u64), (forms, forms), "sm_{capability}: {log}");
+            assert!(spills.iter().all(|spill| *spill == 0), "sm_{capability}: {log}");
+            // So 1,024 threads are at work on each multiprocessor at least.
+            assert!(registers.iter().all(|count| *count <= 64), "sm_{capability}: {log}");
+            println!("sm_{capability}: {} bytes, {} registers at most", image.len(), registers.iter().max().unwrap());
+        }
+    }
+
+    #[test]
+    fn what_does_not_compile_is_an_error_with_the_compilers_words() {
+        let Some(compiler) = compiler() else { return };
+        let error = compiler.compile("__global__ void f() { no_such_thing(); }", &options(90)).unwrap_err();
+        assert!(error.to_string().contains("no_such_thing"), "{error}");
+        assert!(compiler.compile(SOURCE, &options(1)).is_err(), "there is no such GPU");
+    }
+
+    #[test]
+    fn a_compiler_that_is_not_there_is_an_error_that_names_it() {
+        let error = Compiler::open("libno-such-thing.so.1").unwrap_err();
+        assert!(error.to_string().contains("libno-such-thing.so.1"), "{error}");
+    }
+
+    #[test]
+    fn kept_code_is_whole_or_not_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().join("deep/er");
+        assert!(kept(&folder, "a").is_none());
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| keep(&folder, "a", b"code").unwrap());
+            }
+        });
+        assert_eq!(kept(&folder, "a").unwrap(), b"code");
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "nothing else is left");
+        let whole = fs::read(folder.join("a")).unwrap();
+        for cut in 0..whole.len() {
+            fs::write(folder.join("a"), &whole[..cut]).unwrap();
+            assert!(kept(&folder, "a").is_none(), "{cut} bytes");
+        }
+        for at in 0..whole.len() {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 4;
+            fs::write(folder.join("a"), &damaged).unwrap();
+            assert!(kept(&folder, "a").is_none(), "byte {at}");
+        }
+        keep(&folder, "a", b"code").unwrap();
+        assert_eq!(kept(&folder, "a").unwrap(), b"code", "a damaged file is replaced");
+    }
+
+    #[test]
+    fn a_file_is_for_one_source_one_kind_of_gpu_and_one_driver() {
+        let of = |capability, driver| name(capability, &options(capability), driver);
+        assert_eq!(of(90, 13000), of(90, 13000));
+        assert_ne!(of(90, 13000), of(89, 13000));
+        assert_ne!(of(90, 13000), of(90, 13010));
+        assert_ne!(of(90, 13000), name(90, &[], 13000));
+        assert!(of(90, 13000).starts_with("sm_90-") && of(90, 13000).ends_with(".cubin"));
+    }
+}

@@ -1,0 +1,6 @@
+// Stands in for cuBLAS's header where that is missing: LibTorch's headers name the handle, and the shim never uses it.
+// The real header comes first where there is one.
+#pragma once
+
+typedef struct cublasContext* cublasHandle_t;
+enum cublasStatus_t : int {};

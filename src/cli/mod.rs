@@ -19,6 +19,7 @@ mod metrics;
 mod nodes;
 mod output;
 mod prune;
+mod report_page;
 mod resume;
 mod run;
 mod runs;
@@ -79,6 +80,7 @@ enum Command {
     Checkpoints(checkpoints::Checkpoints),
     Explain(explain::Explain),
     Metrics(metrics::Metrics),
+    Report(report_page::ReportPage),
     Verify(verify::Verify),
     Drain(drain::Drain),
     Wake(group::Wake),
@@ -194,6 +196,7 @@ impl Command {
             Self::Checkpoints(command) => &command.run,
             Self::Explain(command) => &command.run,
             Self::Metrics(command) => &command.run,
+            Self::Report(command) => &command.run,
             Self::Verify(command) => &command.run,
             Self::Drain(command) => &command.run,
             Self::Export(command) => &command.run,
@@ -222,6 +225,7 @@ impl Command {
             Self::Checkpoints(command) => command.execute(),
             Self::Explain(command) => command.execute(),
             Self::Metrics(command) => command.execute(),
+            Self::Report(command) => command.execute(),
             Self::Verify(command) => command.execute(),
             Self::Drain(command) => command.execute(),
             Self::Wake(command) => command.execute(),

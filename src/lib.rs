@@ -38,6 +38,7 @@ pub mod model;
 pub mod data;
 pub mod notice;
 pub mod snapshot;
+pub mod page;
 pub mod history;
 pub mod goodput;
 pub mod checkpoint;

@@ -83,7 +83,7 @@ impl Metrics {
 }
 
 /// A file that appears whole, or not at all.
-fn create(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()>) -> Result<()> {
+pub(super) fn create(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()>) -> Result<()> {
     let doing = || format!("write {}", path.display());
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".part");

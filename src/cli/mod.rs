@@ -19,6 +19,7 @@ mod metrics;
 mod nodes;
 mod output;
 mod prune;
+mod report_page;
 mod resume;
 mod run;
 mod runs;
@@ -80,6 +81,7 @@ enum Command {
     Checkpoints(checkpoints::Checkpoints),
     Explain(explain::Explain),
     Metrics(metrics::Metrics),
+    Report(report_page::ReportPage),
     Verify(verify::Verify),
     Drain(drain::Drain),
     Wake(group::Wake),
@@ -195,6 +197,7 @@ impl Command {
             Self::Checkpoints(command) => &command.run,
             Self::Explain(command) => &command.run,
             Self::Metrics(command) => &command.run,
+            Self::Report(command) => &command.run,
             Self::Verify(command) => &command.run,
             Self::Drain(command) => &command.run,
             Self::Export(command) => &command.run,
@@ -223,6 +226,7 @@ impl Command {
             Self::Checkpoints(command) => command.execute(),
             Self::Explain(command) => command.execute(),
             Self::Metrics(command) => command.execute(),
+            Self::Report(command) => command.execute(),
             Self::Verify(command) => command.execute(),
             Self::Drain(command) => command.execute(),
             Self::Wake(command) => command.execute(),

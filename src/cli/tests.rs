@@ -54,6 +54,8 @@ trainer status: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --watch --json
 trainer checkpoints: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer explain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer metrics: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json --csv --parquet --tensorboard
+trainer report: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --out --price-per-hour \
+--on-demand-price-per-hour --prices --instance-type --json
 trainer verify: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --all --deep --json
 trainer drain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --no-wait --json
 trainer wake: --group (TRAINER_GROUP) --region --queue (TRAINER_QUEUE) --machines --release --json

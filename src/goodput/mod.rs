@@ -22,6 +22,6 @@ mod trace;
 
 pub use elastic::{Elastic, Fleet, simulate_elastic};
 pub use model::{Costs, LEAST_RESERVE_S, Lives, Notice, best_interval, goodput};
-pub use observed::Observed;
+pub use observed::{Observed, credible_s};
 pub use replay::{Estimate, Gang, Job, Machines, Seen, Span, Unfinished, simulate};
 pub use trace::{Trace, TraceError};

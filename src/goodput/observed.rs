@@ -88,6 +88,12 @@ impl Observed {
     }
 }
 
+/// The longest time that so many steps account for, seconds: a longer one was measured by a clock that was wrong.
+/// `step_s` is the mean time of a step, if it is known.
+pub fn credible_s(step_s: Option<f64>, steps: u64) -> f64 {
+    step_s.map_or(UNKNOWN, |step_s| BESIDE + SLACK * step_s * steps as f64)
+}
+
 /// From the start of a generation to a commit of it, seconds.
 fn lived_until(formed: &Formation, commit: &Checkpoint) -> f64 {
     match commit.committed.cost.lived_s {
@@ -107,10 +113,8 @@ fn lived(formed: &Formation, commits: &[&Checkpoint], ended: Option<&Interruptio
     // The generation's own mean, if the run's is not known: it includes the start.
     let own = known.filter(|commit| commit.committed.step.get() > begun);
     let own = own.map(|commit| commit.committed.cost.lived_s / (commit.committed.step.get() - begun) as f64);
-    let most = |from: u64, to: u64| {
-        let step_s = step_s.or(own.filter(|step_s| step_s.is_finite()));
-        step_s.map_or(UNKNOWN, |step_s| BESIDE + SLACK * step_s * to.saturating_sub(from) as f64)
-    };
+    let step_s = step_s.or(own.filter(|step_s| step_s.is_finite()));
+    let most = |from: u64, to: u64| credible_s(step_s, to.saturating_sub(from));
     // Beyond the measured time the wall clock continues.
     let (lived, from, at) = match known {
         Some(commit) => (lived_until(formed, commit), commit.committed.step.get(), commit.at),

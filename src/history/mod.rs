@@ -1,12 +1,15 @@
 //! A run's journal as people read it: its status, the fate of each checkpoint, the story of its interruptions, its
-//! nodes.
+//! nodes, and where its time and money went.
 //!
 //! Everything here is read from a [`RunState`]; nothing is stored. Commands, and all other displays of a run, print
 //! these results. One of them decides: [`spent`] says whether a run has reached a cap.
 
+pub mod account;
+pub mod cost;
 pub mod episodes;
 pub mod rosters;
 pub mod spent;
+pub mod story;
 
 mod held_out;
 

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// 2024-01-01: no clock that is right has stamped a record before.
-const PLAUSIBLE_S: i64 = 1_704_067_200;
+pub(super) const PLAUSIBLE_S: i64 = 1_704_067_200;
 
 /// What a run has taken so far; seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -51,6 +51,12 @@ impl Series {
         self.columns.get(name).map(Vec::as_slice)
     }
 
+    /// The step, the generation and the time of every row, in their order: milliseconds since 1970, UTC.
+    pub fn places(&self) -> impl Iterator<Item = (Step, Generation, i64)> + '_ {
+        let names = self.steps.iter().zip(&self.generations).zip(&self.at_ms);
+        names.map(|((step, generation), at_ms)| (Step(*step), Generation(*generation), *at_ms))
+    }
+
     /// A row, by its place.
     pub fn row(&self, index: usize) -> Option<Row> {
         let figures = self.columns.iter().filter_map(|(name, values)| {

@@ -299,7 +299,7 @@ fn points_of_the_source() -> BTreeSet<String> {
 }
 
 /// Points at which nothing is half done: tests let a node wait, differ, compute wrongly or reach a cap there.
-const SWITCHES: [&str; 12] = [
+const SWITCHES: [&str; 13] = [
     "node.kind",
     "node.patient",
     "node.version",
@@ -311,6 +311,7 @@ const SWITCHES: [&str; 12] = [
     "worker.hasty",
     "worker.late",
     "worker.loaded",
+    "worker.regroup",
     "worker.state",
 ];
 

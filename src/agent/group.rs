@@ -107,6 +107,10 @@ pub enum ToMember {
         dismisses: bool,
         /// A person asked the run to stop: no node goes on.
         ends_the_run: bool,
+        /// The group has stopped after a step that is committed, and these members stay: their workers may go on in the
+        /// next generation. Otherwise nobody's.
+        #[serde(default)]
+        stay: Vec<NodeId>,
     },
 }
 
@@ -399,8 +403,8 @@ impl Others {
     }
 
     /// The generation has ended.
-    pub fn over(&self, dismisses: bool, ends_the_run: bool) {
-        self.send(&ToMember::Over { dismisses, ends_the_run });
+    pub fn over(&self, dismisses: bool, ends_the_run: bool, stay: &[NodeId]) {
+        self.send(&ToMember::Over { dismisses, ends_the_run, stay: stay.to_vec() });
     }
 
     /// What has become of them.

@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     agent::{
         effects::{Answers, Order, channels},
+        node::Crew,
         generation::{Load, Source, Stopped},
         phase::Incoming,
         save::{gather::Fetched, slots::Slots, upload::SaveEvent},
@@ -95,6 +96,7 @@ impl Stage {
             store: "127.0.0.1:0".parse().unwrap(),
             doubted: false,
             spent: Spent::default(),
+            kept: None,
             collectives: Arc::default(),
         };
         Self { plan, slots: Slots::create(SlotCount::TWO).unwrap(), reporter, heard, store }
@@ -105,7 +107,8 @@ impl Stage {
         let (none, events) = (NodeRanks::alone(0), &senders.workers);
         let workers =
             Workers::start(&self.plan.workload, &self.plan.collectives, none, &self.slots.shared(), events).unwrap();
-        let node = Node::begin(&self.plan, &mut self.slots, workers).unwrap();
+        let crew = Crew { workers, regroups: false, keeps_state: false };
+        let node = Node::begin(&self.plan, &mut self.slots, crew).unwrap();
         (Lead::begin(&self.plan, Instant::now(), node, (Others::none(), None), &self.reporter, senders), answers)
     }
 }
@@ -212,7 +215,7 @@ async fn only_a_run_that_was_stopped_gives_up_its_save() {
         let (mut lead, mut answers) = stage.begin();
         let done = lead.perform(all([lay_out(), save(1)]));
         assert!(done.is_continue());
-        let _left = tokio::time::timeout(LIMIT, lead.end(&end, false)).await.expect("it hangs");
+        let _left = tokio::time::timeout(LIMIT, lead.end(&end, &Members::default())).await.expect("it hangs");
         let saved = saved(&mut answers).await;
         assert_eq!(saved.is_err(), given_up, "{end:?}: {saved:?}");
         assert_eq!(journal.state().newest().is_none(), given_up, "{end:?}");
@@ -229,9 +232,9 @@ async fn only_an_end_with_a_last_record_leaves_the_workers_to_it() {
     ] {
         let mut stage = Stage::new().await;
         let (lead, _answers) = stage.begin();
-        let left = tokio::time::timeout(LIMIT, lead.end(&end, false)).await.expect("it hangs").unwrap();
+        let left = tokio::time::timeout(LIMIT, lead.end(&end, &Members::default())).await.expect("it hangs").unwrap();
         assert_eq!(left.is_some(), leaves, "{end:?}");
-        if let Some(Left { leaving, retention, members: _ }) = left {
+        if let Some(Left { leaving, retention, members: _, kept: _ }) = left {
             assert!(retention.is_some());
             tokio::time::timeout(LIMIT, leaving.expect("workers")).await.expect("they never go").unwrap();
         }
@@ -265,7 +268,7 @@ async fn the_record_of_a_notice_is_waited_for_when_a_run_stops() {
     let note = Record::Notice { generation, source: "sigterm".into(), deadline_s: None, means: Means::Stop };
     assert!(lead.perform(all([Effect::Note(note)])).is_continue());
     let before = journal.state().next();
-    let _left = tokio::time::timeout(LIMIT, lead.end(&stopped(1, 1), false)).await.expect("it hangs");
+    let _left = tokio::time::timeout(LIMIT, lead.end(&stopped(1, 1), &Members::default())).await.expect("it hangs");
     assert_eq!(journal.state().next(), before + 1);
 }
 
@@ -316,7 +319,8 @@ async fn a_node_that_holds_the_checkpoint_says_so_and_lends_it_until_all_have_it
         let (senders, _answers) = channels();
         let (none, events) = (NodeRanks::alone(0), &senders.workers);
         let workers = Workers::start(&plan.workload, &plan.collectives, none, &slots.shared(), events).unwrap();
-        let mut node = Node::begin(&plan, &mut slots, workers).unwrap();
+        let crew = Crew { workers, regroups: false, keeps_state: false };
+        let mut node = Node::begin(&plan, &mut slots, crew).unwrap();
         let (done, mut heard) = mpsc::unbounded_channel();
         let incoming = node.load(done).unwrap();
         if alone {

@@ -4,6 +4,7 @@
 //! last digit. After a change of the world they are equal within the rounding of sums.
 
 pub mod faults;
+mod grows;
 mod hangs;
 mod keep;
 mod leads;

@@ -299,7 +299,8 @@ fn points_of_the_source() -> BTreeSet<String> {
 }
 
 /// Points at which nothing is half done: tests let a node wait, differ, compute wrongly or reach a cap there.
-const SWITCHES: [&str; 13] = [
+const SWITCHES: [&str; 14] = [
+    "grow.at-once",
     "node.kind",
     "node.patient",
     "node.version",

@@ -22,7 +22,7 @@ use super::{
     drain::estimate::Estimates,
     effects,
     finish::FINISHING,
-    group::{Company, Heard, Others, ToLeader},
+    group::{Company, Heard, Others, Progressed, ToLeader},
     keep::{Keeping, Kept},
     lead::Lead,
     node::{Crew, Node},
@@ -211,6 +211,8 @@ pub struct Left {
     pub members: Members,
     /// This node's workers, which may go on in the next generation.
     pub kept: Option<Kept>,
+    /// When the first and the last step of the generation were finished, if any were.
+    pub stepped: Option<(Instant, Instant)>,
 }
 
 /// Why a generation of several nodes has ended, as far as its nodes are the reason.
@@ -368,6 +370,8 @@ pub async fn run(
     let mut blame = std::mem::take(&mut left.members.blame);
     let mut watch = Watch::new(&mut blame, start.load.step());
     let mut cap = None;
+    // The last step that every rank has finished, and when the first and the last one were.
+    let (mut finished, mut stepped) = (start.load.step(), None::<(Instant, Instant)>);
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut end = 'generation: loop {
@@ -410,7 +414,9 @@ pub async fn run(
         };
         while let Some(event) = events.pop_front() {
             if let (Event::Save(SaveEvent::Ended { result: Ok(_), .. }), Some(saves)) = (&event, &saves) {
-                let _ = saves.send(());
+                let step = machine.finished().unwrap_or_else(|| start.load.step());
+                let step_s = machine.estimates().step.estimate().map(|step| step.mean);
+                let _ = saves.send(Progressed { step, step_s, first: stepped.map(|(first, _)| first) });
             }
             match &event {
                 Event::Save(event) => lead.follow_the_save(event),
@@ -423,6 +429,11 @@ pub async fn run(
                 ControlFlow::Break(end) => break 'generation end,
             }
             events.extend(ended);
+            if machine.finished().is_some_and(|step| step > finished) {
+                finished = machine.finished().unwrap_or(finished);
+                let now = Instant::now();
+                stepped = Some((stepped.map_or(now, |(first, _)| first), now));
+            }
             if let Some(why) = lead.hands_over() {
                 let step = machine.finished().unwrap_or_else(|| start.load.step());
                 break 'generation Ok(End::Died { step, reason: why.to_owned() });
@@ -444,6 +455,7 @@ pub async fn run(
         stopped.cap = cap;
     }
     *estimates = machine.estimates();
+    left.stepped = stepped;
     lead.tells(&mut left.members);
     left.members.blame = blame;
     left.members.differed = machine.differed().map(str::to_owned);

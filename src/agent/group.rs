@@ -33,7 +33,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     effects::Order,
@@ -225,9 +225,20 @@ pub struct Company {
     /// What they say.
     pub heard: mpsc::UnboundedReceiver<Heard>,
     /// Hears of each save that is committed.
-    pub saves: mpsc::UnboundedSender<()>,
+    pub saves: mpsc::UnboundedSender<Progressed>,
     /// Nodes without which nothing is trained.
     pub min: usize,
+}
+
+/// How far a generation has come when a save is committed.
+#[derive(Clone, Copy, Debug)]
+pub struct Progressed {
+    /// The last step that every rank has finished.
+    pub step: Step,
+    /// The usual step, seconds, if it is known.
+    pub step_s: Option<f64>,
+    /// When the first step was finished.
+    pub first: Option<Instant>,
 }
 
 /// Answers that every node gives once.

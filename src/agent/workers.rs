@@ -363,6 +363,18 @@ fn reason(status: std::io::Result<ExitStatus>, words: &str) -> String {
 }
 
 #[cfg(test)]
+impl Workers {
+    /// One process that does nothing, of rank 0, which has stopped after this step.
+    pub fn stopped(step: Step, events: &mpsc::UnboundedSender<WorkerEvent>) -> Self {
+        let mut command = std::process::Command::new("sleep");
+        command.arg("600");
+        let handle = start_one(Rank(0), command, (&[], None), events.clone()).expect("a process");
+        hear(&handle.ear).stopped = Some(step);
+        Self { handles: vec![handle] }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -111,7 +111,8 @@ fn of_world(world: u64) -> impl Fn(&Event) -> bool {
 fn grows_and_shrinks(lab: &Lab, more: impl Fn(Trainer) -> Trainer, survivors: impl Fn(u64)) -> Vec<Finished> {
     let holds = [EVERY - 1, EVERY + 2, 2 * EVERY + 3, 4 * EVERY - 1, 4 * EVERY + 2, 5 * EVERY + 3].map(held_before);
     create(lab.run(RUN));
-    let one = more(next(lab, "1:4")).faults(&holds.join(",")).start();
+    let faults = [&holds[..], &["grow.at-once=error".to_owned()]].concat().join(",");
+    let one = more(next(lab, "1:4")).faults(&faults).start();
     let worker = one.held();
     let two = more(next(lab, "1:4")).start();
     let three = more(next(lab, "1:4")).start();

@@ -40,7 +40,9 @@
 //! [`Slots::end_generation`]. Aborting is not enough: an aborted task stops only at its next await, and a disk read
 //! runs to its end. [`Slots::end_generation`] therefore waits until no memory is lent any more. A slot whose old memory
 //! is still lent, or whose workers may still live, gets new memory: the old memory belongs to its writers, and is freed
-//! when they are gone.
+//! when they are gone. Workers that live on in the next generation ([`super::super::keep`]) count as gone: they have
+//! stopped, and write nothing before they have a new layout. Since they have the memory that they inherited, they are
+//! kept only while no slot gets another one ([`Slots::births`]).
 //!
 //! # Crash, retry, cancel
 //! The memory belongs to this process and disappears with it. Pages in use are never given back while it lives: workers

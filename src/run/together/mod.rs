@@ -25,6 +25,7 @@
 
 mod desk;
 mod forms;
+mod grows;
 mod kept;
 mod kind;
 mod read;
@@ -37,6 +38,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use self::{
     desk::{Call, Desk, Myself, Route, Tell, Words},
+    grows::Change,
     trial::Trial,
 };
 use super::{
@@ -98,6 +100,8 @@ struct Memory {
     blame: Blame,
     /// This node's workers of the last generation, which may go on in the next one.
     kept: Option<Kept>,
+    /// What the last change of the group has cost.
+    change: Change,
 }
 
 impl Runner {
@@ -119,6 +123,7 @@ impl Runner {
             trial: Trial::default(),
             blame: Blame::default(),
             kept: None,
+            change: Change::default(),
         };
         let reporter = self.reporter.clone();
         let Some(seated) = or_notice(notices, &reporter, self.take_a_seat()).await else {
@@ -376,7 +381,9 @@ impl Runner {
         let min = usize::try_from(self.options.nodes.min).unwrap_or(usize::MAX);
         let company = Company { others: seating.others.clone(), to, heard, saves, min };
         let tells = desk.voice();
-        tokio::spawn(post(saved, move |()| _ = tells.send(Tell::Saved)));
+        let change = memory.change;
+        let prospects = self.prospects(change);
+        tokio::spawn(post(saved, move |progressed| _ = tells.send(Tell::Saved(prospects(progressed)))));
         desk.tell(Tell::Route(Route::Lead(generation, to_desk)));
         let links = desk.links.clone();
         let post = tokio::spawn(post(sent, move |(node, words)| links.send(&node, generation, Words::ToMember(words))));
@@ -410,6 +417,7 @@ impl Runner {
         memory.story.differed = members.differed;
         memory.blame = members.blame;
         memory.kept = left.kept.take();
+        memory.change.ends(left.stepped, matches!(ended, Ok(End::Stopped(_))));
         let leaving =
             members.leaving.into_iter().map(|node| (node, (FormedReason::NodeLeft, "was told to leave".to_owned())));
         memory.gone.extend(leaving);

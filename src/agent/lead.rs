@@ -460,11 +460,8 @@ impl<'a> Lead<'a> {
         let ends_the_run = members.ends_the_run;
         let stay = if ends_the_run { Vec::new() } else { self.who_stays(end, members) };
         let is_one = stay.contains(&self.start.upload.node);
-        let kept = if is_one && self.hands_over.is_none() && self.blamed.is_none() {
-            self.node.keeps_workers()
-        } else {
-            None
-        };
+        let kept =
+            if is_one && self.hands_over.is_none() && self.blamed.is_none() { self.node.keeps_workers() } else { None };
         self.hush();
         self.node.stops_fetching();
         if parting.gives_up_save || self.hands_over.is_some() {

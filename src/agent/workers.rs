@@ -418,7 +418,10 @@ mod tests {
                 ends(&workers);
                 (&mut workers.handles[0].ended).await.unwrap();
                 let event = before.recv().await;
-                assert!(matches!(&event, Some(WorkerEvent::Exited(Rank(3), why)) if why.contains("code 5")), "{event:?}");
+                assert!(
+                    matches!(&event, Some(WorkerEvent::Exited(Rank(3), why)) if why.contains("code 5")),
+                    "{event:?}"
+                );
             }
             let (to, mut after) = mpsc::unbounded_channel();
             workers.take_up(ranks, &to);

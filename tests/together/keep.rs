@@ -147,7 +147,15 @@ fn grows_and_shrinks(lab: &Lab, more: impl Fn(Trainer) -> Trainer, survivors: im
 #[test]
 fn workers_live_on_while_their_group_grows_and_shrinks_and_nobody_reads_the_store() {
     let (lab, proxy) = Lab::on_s3_through_proxy(93);
-    let lives = grows_and_shrinks(&lab, |node| node, |world| if world == 1 { hide(&proxy) });
+    let lives = grows_and_shrinks(
+        &lab,
+        |node| node,
+        |world| {
+            if world == 1 {
+                hide(&proxy)
+            }
+        },
+    );
     assert_eq!(proxy.broken(), 0, "nothing was asked for");
     assert_eq!((lives[0].of_kind("kept").len(), lives[1].of_kind("kept").len()), (3, 2), "{}", lives[0].story());
     assert!(lives[2].of_kind("kept").is_empty(), "it has just come: {}", lives[2].story());

@@ -6,9 +6,9 @@ use super::*;
 use crate::{
     agent::{
         effects::{Answers, Order, channels},
+        generation::{Load, Source, Stopped},
         group::ToMember,
         node::Crew,
-        generation::{Load, Source, Stopped},
         phase::Incoming,
         save::{gather::Fetched, slots::Slots, upload::SaveEvent},
         stopping::Stopping,
@@ -254,7 +254,8 @@ fn stay(sent: &mut mpsc::UnboundedReceiver<(NodeId, ToMember)>) -> Vec<String> {
 #[tokio::test]
 async fn workers_are_kept_if_their_step_is_committed_and_their_node_stays() {
     let id = |name: &str| NodeId::new(name).unwrap();
-    let leaving = |names: &[&str]| Members { leaving: names.iter().map(|name| id(name)).collect(), ..Members::default() };
+    let leaving =
+        |names: &[&str]| Members { leaving: names.iter().map(|name| id(name)).collect(), ..Members::default() };
     let lost = Members { parted: vec![(id("b"), "silent".into())], ..Members::default() };
     let asked = Members { asked_here: true, ..Members::default() };
     let person = Members { ends_the_run: true, ..leaving(&["b"]) };

@@ -18,7 +18,8 @@ impl Runner {
             Some(kept) => match kept.unfit(&load, &self.resolved.workload, &self.slots) {
                 None => Some(kept),
                 Some(why) => {
-                    tracing::info!("the workers start anew: {why}");
+                    let (step, generation) = kept.at();
+                    tracing::info!(%step, %generation, "workers with the state of this step start anew: {why}");
                     kept.dismiss().await;
                     None
                 }

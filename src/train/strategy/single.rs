@@ -267,7 +267,7 @@ mod tests {
     fn train(model: &mut dyn Model, layout: Precision) -> (Vec<f64>, Vec<Vec<f32>>) {
         tch::set_num_threads(1);
         let replica = Replica::lay_out(model, layout).unwrap().1;
-        let weights: Vec<Tensor> = replica.weights.iter().map(Tensor::shallow_clone).collect();
+        let weights: Vec<Tensor> = replica.values.weights.iter().map(Tensor::shallow_clone).collect();
         let mut single = Single(replica.start().unwrap());
         let optimizer = OptimizerConfig { lr: 1e-2, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 0.5 };
         let (mut losses, mut brake) = (Vec::new(), Brake::new());

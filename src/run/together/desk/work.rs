@@ -20,8 +20,8 @@ use crate::{
     rendezvous::{
         channel::End,
         heartbeat::{Group, State, Voice},
-        peers::{self, PeerEvent, Peers},
         membership::Role,
+        peers::{self, PeerEvent, Peers},
         policy::{
             Bounds, Member, Roster,
             growth::{self, Later, Prospects},

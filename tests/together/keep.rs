@@ -65,6 +65,7 @@ fn the_worker_of_a_leader_lives_on_when_its_follower_leaves() {
     let leader = leader.finish().expect_code(0);
     expect_kept(&leader, resumed_from(&formed));
     assert_eq!(proxy.broken(), 0, "nothing was asked for");
+    proxy.disarm();
     assert_eq!(leader.last("restored").value["bytes"].as_u64(), Some(0), "{}", leader.story());
     expect_each_step_once(&[&leader]);
     expect_nearly_undisturbed(&[&leader]);
@@ -89,6 +90,7 @@ fn the_worker_of_a_follower_lives_on_and_is_rank_0_when_its_leader_leaves() {
     let follower = follower.finish().expect_code(0);
     expect_kept(&follower, resumed_from(&formed));
     assert_eq!(proxy.broken(), 0, "nothing was asked for");
+    proxy.disarm();
     expect_each_step_once(&[&leader, &follower]);
     expect_nearly_undisturbed(&[&leader, &follower]);
     expect_sound(&lab);
@@ -157,6 +159,7 @@ fn workers_live_on_while_their_group_grows_and_shrinks_and_nobody_reads_the_stor
         },
     );
     assert_eq!(proxy.broken(), 0, "nothing was asked for");
+    proxy.disarm();
     assert_eq!((lives[0].of_kind("kept").len(), lives[1].of_kind("kept").len()), (3, 2), "{}", lives[0].story());
     assert!(lives[2].of_kind("kept").is_empty(), "it has just come: {}", lives[2].story());
     let worlds: Vec<u64> =
@@ -199,6 +202,7 @@ fn workers_of_zero1_read_the_part_of_a_node_that_leaves_in_its_memory() {
     leader.let_go();
     let [leader, second] = [leader, second].map(|node| node.finish().expect_code(0));
     assert_eq!(proxy.broken(), 0, "nothing was asked for in the store\n{}", leader.story());
+    proxy.disarm();
     let restored = leader.last("restored");
     assert_eq!(restored.value["store_bytes"].as_u64(), Some(0), "{}", leader.story());
     assert!(restored.value["peer_bytes"].as_u64() > Some(0), "{}", leader.story());

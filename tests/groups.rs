@@ -91,6 +91,7 @@ fn beat(folder: &std::path::Path, name: &str, counter: u64, address: &str, chang
         program: String::new(),
         unreachable: Vec::new(),
         left: false,
+        puts_off: None,
     };
     change(&mut group);
     let process = Process { boot_id: "elsewhere".into(), pid_namespace: "pid:[1]".into(), pid: 7, started: 9 };

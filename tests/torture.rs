@@ -320,7 +320,8 @@ fn points_of_the_source() -> BTreeSet<String> {
 }
 
 /// Points at which nothing is half done: tests let a node wait, differ, compute wrongly or reach a cap there.
-const SWITCHES: [&str; 13] = [
+const SWITCHES: [&str; 15] = [
+    "grow.at-once",
     "node.kind",
     "node.patient",
     "node.version",
@@ -333,6 +334,7 @@ const SWITCHES: [&str; 13] = [
     "worker.late",
     "worker.loaded",
     "worker.memory",
+    "worker.regroup",
     "worker.state",
 ];
 

@@ -21,12 +21,13 @@ use super::{
     finish::{self, FINISHING, Ordered},
     generation::Plan,
     group::{NoticeOfMember, ToLeader, ToMember},
+    keep::Kept,
     node::{Node, Part},
     pace::{self, Pace},
     phase::{Event, Incoming},
     save::{gather::Fetched, put::Put, slots::Slots},
     states,
-    workers::{WorkerEvent, Workers},
+    workers::WorkerEvent,
 };
 use crate::{
     checkpoint::save::Receipt,
@@ -128,22 +129,20 @@ struct Follower<'a> {
     broken: Option<Error>,
 }
 
-/// Runs this node's part of a generation to its end.
+/// Runs this node's part of a generation to its end. Its workers are given back if they may go on in the next one.
 pub async fn run(
-    start: Plan,
+    mut start: Plan,
     leader: Leader,
     slots: &mut Slots,
     notices: &mut Notices,
     reporter: &Reporter,
     blame: &mut Blame,
     pace: &mut Pace,
-) -> Result<Followed> {
+) -> Result<(Followed, Option<Kept>)> {
     let Leader { to, mut heard } = leader;
     let (senders, mut answers) = effects::channels();
-    slots.begin_generation()?;
-    let Plan { workload, collectives, upload, .. } = &start;
-    let workers = Workers::start(workload, collectives, upload.ranks, &slots.shared(), &senders.workers)?;
-    let mut node = Node::begin(&start, slots, workers)?;
+    let crew = start.crew(slots, &senders.workers)?;
+    let mut node = Node::begin(&start, slots, crew)?;
     let incoming = node.load(senders.fetched.clone())?;
     let (says, mut puts) = mpsc::unbounded_channel();
     let missing = start.upload.ranks.workers;
@@ -186,16 +185,30 @@ pub async fn run(
             }
             Some(put) = puts.recv() => follower.put(put),
             word = heard.recv() => match word {
-                Some(LeaderHeard::Said(ToMember::Over { dismisses, ends_the_run })) => {
+                Some(LeaderHeard::Said(ToMember::Over { dismisses, ends_the_run, stay })) => {
                     follower.hear_the_dead(&mut answers).await;
                     let (leaving, finished) = (follower.leaving.is_some(), follower.watch.finished());
                     let (hands_over, unfit) = (follower.hands_over.take(), follower.unfit.take());
                     let blamed = follower.blamed.take();
+                    let stays = !leaving && unfit.is_none() && blamed.is_none() && stay.contains(&start.upload.node);
+                    let kept = if stays { follower.node.keeps_workers() } else { None };
+                    if let Some(until) = follower.leaving {
+                        let lending = follower.node.lends(&stay);
+                        let _ = follower.node.ends_workers(dismisses).await;
+                        if let Some(lending) = lending {
+                            // Its process ends soon. Somebody may want it sooner, and says so again.
+                            tokio::select! {
+                                () = lending => {}
+                                _ = notices.next() => {}
+                                () = tokio::time::sleep_until(until) => {}
+                            }
+                        }
+                    }
                     follower.end(dismisses).await?;
                     if let Some(why) = blamed.filter(|_| !leaving && !ends_the_run) {
                         return Err(blame::leaves(&why));
                     }
-                    return Ok(Followed::Over { leaving, ends_the_run, hands_over, unfit, finished });
+                    return Ok((Followed::Over { leaving, ends_the_run, hands_over, unfit, finished }, kept));
                 }
                 Some(LeaderHeard::Said(ToMember::Wrong { why })) => {
                     follower.end(false).await?;
@@ -250,7 +263,7 @@ pub async fn run(
     if let Some(why) = blamed.filter(|_| !leaves) {
         return Err(blame::leaves(&why));
     }
-    Ok(if leaves { Followed::Left { finished } } else { followed })
+    Ok((if leaves { Followed::Left { finished } } else { followed }, None))
 }
 
 impl Follower<'_> {

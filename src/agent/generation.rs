@@ -22,9 +22,10 @@ use super::{
     drain::estimate::Estimates,
     effects,
     finish::FINISHING,
-    group::{Company, Heard, Others, ToLeader},
+    group::{Company, Heard, Others, Progressed, ToLeader},
+    keep::{Keeping, Kept},
     lead::Lead,
-    node::Node,
+    node::{Crew, Node},
     pace,
     phase::{Event, Loading, Settings, StateMachine},
     save::{
@@ -36,7 +37,7 @@ use super::{
     states::Seats,
     stopping::Stopping,
     upkeep::retention::Retention,
-    workers::Workers,
+    workers::{WorkerEvent, Workers},
 };
 use crate::{
     checkpoint::{Flaw, condemn::Docket, restore::RemoteFile},
@@ -47,6 +48,7 @@ use crate::{
     ids::{Generation, NodeId, Step},
     journal::{Drain, EarlyStop, Reached},
     notice::{self, Confidence, Notice, Notices},
+    protocol::FromWorker,
     report::Reporter,
     snapshot::cadence::Measured,
     storage::Store,
@@ -90,6 +92,8 @@ pub struct Plan {
     pub doubted: bool,
     /// What the run has taken before this generation.
     pub spent: Spent,
+    /// This node's workers of the generation before, which go on in this one; `None`: new ones start.
+    pub kept: Option<Kept>,
 }
 
 /// The source of the workers' state.
@@ -205,6 +209,10 @@ pub struct Left {
     pub retention: Option<Retention>,
     /// What has become of the other nodes.
     pub members: Members,
+    /// This node's workers, which may go on in the next generation.
+    pub kept: Option<Kept>,
+    /// When the first and the last step of the generation were finished, if any were.
+    pub stepped: Option<(Instant, Instant)>,
 }
 
 /// Why a generation of several nodes has ended, as far as its nodes are the reason.
@@ -245,6 +253,38 @@ impl Members {
 }
 
 impl Plan {
+    /// This node's workers: those that were kept, or new ones. Their words go to `events`.
+    pub fn crew(&mut self, slots: &mut Slots, events: &mpsc::UnboundedSender<WorkerEvent>) -> Result<Crew> {
+        slots.begin_generation()?;
+        let ranks = self.upload.ranks;
+        Ok(match self.kept.take() {
+            Some(kept) => {
+                // What a process was told when it started can't be told again.
+                self.collectives = kept.collectives();
+                let keeps_state = kept.keeps_state();
+                Crew { workers: kept.take_up(ranks, events), regroups: true, keeps_state }
+            }
+            None => {
+                let workers = Workers::start(&self.workload, &self.collectives, ranks, &slots.shared(), events)?;
+                Crew { workers, regroups: false, keeps_state: false }
+            }
+        })
+    }
+
+    /// What this generation's workers need to be kept after it.
+    pub fn keeping(&self, slots: &Slots) -> Keeping {
+        Keeping {
+            workload: Arc::clone(&self.workload),
+            collectives: Arc::clone(&self.collectives),
+            generation: self.upload.generation,
+            loaded: match &self.load {
+                Load::Checkpoint { step, generation, .. } => Some((*step, *generation)),
+                _ => None,
+            },
+            births: slots.births(),
+        }
+    }
+
     /// The cap that the run has reached when this generation has lived for `lived`; `None`: none. A run whose last step
     /// was loaded lacks nothing but its last record.
     fn cap_after(&self, lived: Duration, finished: Option<Step>) -> Option<Reached> {
@@ -286,7 +326,7 @@ async fn why_it_died(company: &mut Option<mpsc::UnboundedReceiver<Heard>>) -> (N
 /// `company`: its other nodes, if there are any. `left` is filled by a generation that completed the run or was asked
 /// to stop, except for its members, of which every end tells.
 pub async fn run(
-    start: Plan,
+    mut start: Plan,
     company: Option<Company>,
     slots: &mut Slots,
     estimates: &mut Estimates,
@@ -295,10 +335,10 @@ pub async fn run(
     left: &mut Left,
 ) -> Result<End> {
     let (senders, mut answers) = effects::channels();
-    slots.begin_generation()?;
-    let Plan { workload, collectives, upload, .. } = &start;
-    let workers = Workers::start(workload, collectives, upload.ranks, &slots.shared(), &senders.workers)?;
-    let mut node = Node::begin(&start, slots, workers)?;
+    let crew = start.crew(slots, &senders.workers)?;
+    // Workers that were kept and have not started again.
+    let mut tardy = if crew.regroups { start.upload.ranks.workers } else { 0 };
+    let mut node = Node::begin(&start, slots, crew)?;
     let began = Instant::now();
     let incoming = node.load(senders.fetched.clone())?;
     let others = company.as_ref().map_or(&[][..], |company| &company.others);
@@ -330,6 +370,8 @@ pub async fn run(
     let mut blame = std::mem::take(&mut left.members.blame);
     let mut watch = Watch::new(&mut blame, start.load.step());
     let mut cap = None;
+    // The last step that every rank has finished, and when the first and the last one were.
+    let (mut finished, mut stepped) = (start.load.step(), None::<(Instant, Instant)>);
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut end = 'generation: loop {
@@ -345,6 +387,9 @@ pub async fn run(
                 {
                     lead.is_blamed(why);
                 }
+                if matches!(event, Event::Worker(WorkerEvent::Message(_, FromWorker::Built { .. }))) {
+                    tardy = tardy.saturating_sub(1);
+                }
                 lead.own(event).into_iter().collect()
             }
             word = next_word(&mut company) => lead.hear(word).into(),
@@ -353,7 +398,11 @@ pub async fn run(
                     lead.look_at_the_last_save(limit);
                 }
                 let late = began.elapsed() > FORMING;
-                let lost = if late { lead.late() } else { Vec::new() };
+                let mut lost = if late { lead.late() } else { Vec::new() };
+                if late && std::mem::take(&mut tardy) > 0 {
+                    let why = "was kept, and did not start again in time".to_owned();
+                    lost.push(Event::Worker(WorkerEvent::Exited(start.upload.ranks.first, why)));
+                }
                 // A notice is heard once, and is never taken back.
                 let mut reached = None;
                 if cap.is_none() {
@@ -365,7 +414,9 @@ pub async fn run(
         };
         while let Some(event) = events.pop_front() {
             if let (Event::Save(SaveEvent::Ended { result: Ok(_), .. }), Some(saves)) = (&event, &saves) {
-                let _ = saves.send(());
+                let step = machine.finished().unwrap_or_else(|| start.load.step());
+                let step_s = machine.estimates().step.estimate().map(|step| step.mean);
+                let _ = saves.send(Progressed { step, step_s, first: stepped.map(|(first, _)| first) });
             }
             match &event {
                 Event::Save(event) => lead.follow_the_save(event),
@@ -378,6 +429,11 @@ pub async fn run(
                 ControlFlow::Break(end) => break 'generation end,
             }
             events.extend(ended);
+            if machine.finished().is_some_and(|step| step > finished) {
+                finished = machine.finished().unwrap_or(finished);
+                let now = Instant::now();
+                stepped = Some((stepped.map_or(now, |(first, _)| first), now));
+            }
             if let Some(why) = lead.hands_over() {
                 let step = machine.finished().unwrap_or_else(|| start.load.step());
                 break 'generation Ok(End::Died { step, reason: why.to_owned() });
@@ -399,11 +455,12 @@ pub async fn run(
         stopped.cap = cap;
     }
     *estimates = machine.estimates();
+    left.stepped = stepped;
     lead.tells(&mut left.members);
     left.members.blame = blame;
     left.members.differed = machine.differed().map(str::to_owned);
-    if let Some(open) = lead.end(&end, left.members.ends_the_run).await? {
-        (left.leaving, left.retention) = (open.leaving, open.retention);
+    if let Some(open) = lead.end(&end, &left.members).await? {
+        (left.leaving, left.retention, left.kept) = (open.leaving, open.retention, open.kept);
     }
     let alone_to_blame = left.members.hands_over.is_some() || left.members.blamed.is_some();
     if matches!(end, Ok(End::Died { .. })) && company.is_some() && left.members.parted.is_empty() && !alone_to_blame {

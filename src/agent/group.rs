@@ -33,7 +33,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     effects::Order,
@@ -107,6 +107,10 @@ pub enum ToMember {
         dismisses: bool,
         /// A person asked the run to stop: no node goes on.
         ends_the_run: bool,
+        /// The group has stopped after a step that is committed, and these members stay: their workers may go on in the
+        /// next generation. Otherwise nobody's.
+        #[serde(default)]
+        stay: Vec<NodeId>,
     },
 }
 
@@ -221,9 +225,20 @@ pub struct Company {
     /// What they say.
     pub heard: mpsc::UnboundedReceiver<Heard>,
     /// Hears of each save that is committed.
-    pub saves: mpsc::UnboundedSender<()>,
+    pub saves: mpsc::UnboundedSender<Progressed>,
     /// Nodes without which nothing is trained.
     pub min: usize,
+}
+
+/// How far a generation has come when a save is committed.
+#[derive(Clone, Copy, Debug)]
+pub struct Progressed {
+    /// The last step that every rank has finished.
+    pub step: Step,
+    /// The usual step, seconds, if it is known.
+    pub step_s: Option<f64>,
+    /// When the first step was finished.
+    pub first: Option<Instant>,
 }
 
 /// Answers that every node gives once.
@@ -399,8 +414,8 @@ impl Others {
     }
 
     /// The generation has ended.
-    pub fn over(&self, dismisses: bool, ends_the_run: bool) {
-        self.send(&ToMember::Over { dismisses, ends_the_run });
+    pub fn over(&self, dismisses: bool, ends_the_run: bool, stay: &[NodeId]) {
+        self.send(&ToMember::Over { dismisses, ends_the_run, stay: stay.to_vec() });
     }
 
     /// What has become of them.

@@ -438,10 +438,30 @@ impl<'a> Lead<'a> {
         (members.hands_over, members.blamed) = (self.hands_over.clone(), self.blamed.clone());
     }
 
+    /// The nodes whose workers may go on in the next generation, if the group has stopped after a step that is
+    /// committed. A node that is alone forms no other one.
+    fn who_stays(&self, end: &Result<End>, ended: &Members) -> Vec<NodeId> {
+        let Ok(End::Stopped(stopped)) = end else { return Vec::new() };
+        let saved = stopped.committed >= stopped.step && self.node.has_stopped_after(stopped.step);
+        if self.group.is_none() || !saved {
+            return Vec::new();
+        }
+        let upload::Context { members, node, .. } = &self.start.upload;
+        let is_lost = |node: &NodeId| ended.parted.iter().any(|(lost, _)| lost == node);
+        let leaves = |one: &NodeId| ended.leaving.contains(one) || (ended.asked_here && one == node);
+        members.iter().filter(|node| !leaves(node) && !is_lost(node)).cloned().collect()
+    }
+
     /// Ends all work under way. Waits until the workers are gone, unless something is more urgent: then the rest is
-    /// returned. `ends_the_run`: no node goes on.
-    pub async fn end(mut self, end: &Result<End>, ends_the_run: bool) -> Result<Option<Left>> {
+    /// returned, with the workers if they may go on in the next generation. `members`: why it ends, as far as its nodes
+    /// are the reason.
+    pub async fn end(mut self, end: &Result<End>, members: &Members) -> Result<Option<Left>> {
         let parting = Parting::of(end);
+        let ends_the_run = members.ends_the_run;
+        let stay = if ends_the_run { Vec::new() } else { self.who_stays(end, members) };
+        let is_one = stay.contains(&self.start.upload.node);
+        let kept =
+            if is_one && self.hands_over.is_none() && self.blamed.is_none() { self.node.keeps_workers() } else { None };
         self.hush();
         self.node.stops_fetching();
         if parting.gives_up_save || self.hands_over.is_some() {
@@ -458,12 +478,12 @@ impl<'a> Lead<'a> {
             self.others.hands_over(why);
         }
         // Whoever leads next records the end of the run: this node can't, if it hands over.
-        self.others.over(parting.dismisses, ends_the_run && self.hands_over.is_none());
+        self.others.over(parting.dismisses, ends_the_run && self.hands_over.is_none(), &stay);
         let gone = self.node.ends_workers(parting.dismisses);
         if parting.leaves_rest {
             let leaving = tokio::spawn(gone);
             let (leaving, retention) = (Some(leaving), Some(self.retention));
-            return Ok(Some(Left { leaving, retention, ..Left::default() }));
+            return Ok(Some(Left { leaving, retention, kept, ..Left::default() }));
         }
         // The next generation needs their devices' memory, and the slots for itself.
         let gone = gone.await;

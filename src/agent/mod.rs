@@ -19,6 +19,7 @@
 //! | `traces` | what ranks tell of their collectives before they are killed |
 //! | `upkeep` | the care for checkpoints that the run keeps |
 //! | `workers` | the worker processes |
+//! | `keep` | workers that live through a planned change of their group |
 //! | `fence` | a look at the journal now and then: is the run still ours? |
 //! | `restart` | whether workers that died or hang are started again |
 //! | `pace` | how long ranks of several nodes wait for each other in a first step |
@@ -37,6 +38,7 @@ mod finish;
 pub(crate) mod follow;
 pub(crate) mod generation;
 pub(crate) mod group;
+pub(crate) mod keep;
 mod lead;
 mod node;
 mod pace;

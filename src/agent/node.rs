@@ -11,7 +11,7 @@
 //! answered, and the leader decides. *Cancel:* [`Node::ends_workers`] and the methods before it end all work under way;
 //! requests already sent to the store may land.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{
@@ -22,11 +22,12 @@ use tokio::{
 use super::{
     effects::Order,
     generation::{Load, Plan, Source},
+    keep::Kept,
     phase::{Event, Incoming},
     save::{
         gather::{Fetch, Fetched, Fetching},
         put::{self, Put},
-        slots::{LaidOut, Slots},
+        slots::{LaidOut, RESTORE_SLOT, Slots},
         upload,
     },
     traces::Traces,
@@ -35,7 +36,7 @@ use super::{
 use crate::{
     checkpoint::{CheckpointError, save::Save},
     error::Result,
-    ids::{AttemptId, Step},
+    ids::{AttemptId, NodeId, Step},
     protocol::ToWorker,
     rendezvous::channel::bulk::Wanted,
     snapshot::plan::TensorSpec,
@@ -62,12 +63,25 @@ pub struct Part {
     pub small: Vec<(String, Bytes)>,
 }
 
+/// This node's workers.
+#[derive(Debug)]
+pub struct Crew {
+    /// The processes.
+    pub workers: Workers,
+    /// They have lived in the generation before: see [`super::keep`].
+    pub regroups: bool,
+    /// And they have the state that this one starts from.
+    pub keeps_state: bool,
+}
+
 /// This node's part of a generation.
 pub struct Node<'a> {
     start: &'a Plan,
     slots: &'a mut Slots,
-    /// `None`: they are being killed.
+    /// `None`: they are being killed, or were kept.
     workers: Option<Workers>,
+    /// They have the state that the generation starts from.
+    keeps_state: bool,
     killing: Option<JoinHandle<()>>,
     /// The fetch of the state to load, if there is one.
     fetching: Fetching,
@@ -76,14 +90,22 @@ pub struct Node<'a> {
 }
 
 impl<'a> Node<'a> {
-    /// With its `workers`, which are given their assignments.
-    pub fn begin(start: &'a Plan, slots: &'a mut Slots, workers: Workers) -> Result<Self> {
+    /// With its workers, which are given their assignments.
+    pub fn begin(start: &'a Plan, slots: &'a mut Slots, crew: Crew) -> Result<Self> {
+        let Crew { workers, regroups, keeps_state } = crew;
         let (ranks, generation) = (start.upload.ranks, start.upload.generation);
         for local in ranks.locals() {
             let assignment = start.workload.assignment(local, ranks, generation, start.load.step(), start.store)?;
-            workers.tell(local, ToWorker::Start(Box::new(assignment)));
+            let assignment = Box::new(assignment);
+            let place = if regroups {
+                ToWorker::Regroup { assignment, keeps: keeps_state }
+            } else {
+                ToWorker::Start(assignment)
+            };
+            workers.tell(local, place);
         }
-        Ok(Self { start, slots, workers: Some(workers), killing: None, fetching: Fetching::default(), putting: None })
+        let (workers, fetching) = (Some(workers), Fetching::default());
+        Ok(Self { start, slots, workers, keeps_state, killing: None, fetching, putting: None })
     }
 
     /// Starts fetching the state to load, while the workers start; `done` hears of its end. A state held by a slot is
@@ -105,6 +127,16 @@ impl<'a> Node<'a> {
 
     fn begin_loading(&mut self, done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>) -> Result<Incoming> {
         let part = u64::from(self.start.config.storage.part_mib) << 20;
+        if let (Load::Checkpoint { step, generation, .. }, true) = (&self.start.load, self.keeps_state) {
+            // The workers have it. If no slot does, the first save may be into any.
+            let slot = self.slots.holder(*step, *generation).unwrap_or(RESTORE_SLOT);
+            let nothing = Fetched { bytes: 0, stored: 0, lent: 0, seconds: 0.0 };
+            if self.wanted().is_none() {
+                return Ok(Incoming::Here(slot, Vec::new(), nothing));
+            }
+            let _ = done.send(Ok(nothing));
+            return Ok(Incoming::UnderWay(slot, Vec::new()));
+        }
         self.fetching = match &self.start.load {
             Load::Nothing => return Ok(Incoming::Nothing),
             Load::Checkpoint { from: Source::Slot { slot, files }, .. } => {
@@ -137,6 +169,8 @@ impl<'a> Node<'a> {
     /// Carries out an order; returns the immediate answer, if there is one.
     pub fn perform(&mut self, order: Order) -> Option<Event> {
         match order {
+            // They have the state.
+            Order::TellAll(ToWorker::Restore { .. }) if self.keeps_state => {}
             Order::TellAll(message) => {
                 if let Some(workers) = &self.workers {
                     workers.tell_all(&message);
@@ -146,7 +180,9 @@ impl<'a> Node<'a> {
             Order::Received => {
                 // All members have it, and captures are next.
                 self.slots.stop_lending();
-                if let Load::Checkpoint { step, generation, from: Source::Store { files, .. } } = &self.start.load {
+                if let Load::Checkpoint { step, generation, from: Source::Store { files, .. } } = &self.start.load
+                    && !self.keeps_state
+                {
                     let Fetching { slot, places, .. } = &self.fetching;
                     self.slots.received(*step, *generation, *slot, places, files);
                 }
@@ -217,6 +253,38 @@ impl<'a> Node<'a> {
     /// The fetch under way is given up.
     pub fn stops_fetching(&mut self) {
         self.fetching.stop();
+    }
+
+    /// Whether all workers have stopped after this step.
+    pub fn has_stopped_after(&self, step: Step) -> bool {
+        self.workers.as_ref().is_some_and(|workers| workers.stopped_after() == Some(step))
+    }
+
+    /// Keeps the workers for the next generation, if they can be kept: [`Node::ends_workers`] then ends nobody. The
+    /// last step of the generation is committed.
+    pub fn keeps_workers(&mut self) -> Option<Kept> {
+        let keeping = self.start.keeping(self.slots);
+        match keeping.take(self.workers.take()?) {
+            Ok(kept) => Some(kept),
+            Err(workers) => {
+                self.workers = Some(workers);
+                None
+            }
+        }
+    }
+
+    /// This node leaves, and these stay: until they have read what its slots have of the checkpoint of the last step,
+    /// which is committed. `None`: there is none, or others have all of it in their own memory.
+    pub fn lends(&self, stay: &[NodeId]) -> Option<impl Future<Output = ()> + Send + 'static> {
+        let keeping = self.start.keeping(self.slots);
+        if stay.is_empty() || keeping.workload.is_replicated() {
+            return None;
+        }
+        let (step, of) = keeping.checkpoint(self.workers.as_ref()?.stopped_after()?)?;
+        let (generation, readers) = (keeping.generation.next(), stay.iter().cloned().collect::<BTreeSet<_>>());
+        self.slots.lend(Wanted { generation, step, of }, readers.clone()).ok()?;
+        let shelf = Arc::clone(self.slots.shelf());
+        Some(async move { shelf.is_read_by(&readers).await })
     }
 
     /// Ends the workers: asks them to exit (`dismisses`), or kills them. The result waits for a bounded time until they

@@ -1,4 +1,7 @@
-//! The worker processes of one generation: start, talk, end, and learn that one has died.
+//! The worker processes of a generation: start, talk, end, and learn that one has died.
+//!
+//! They may live on in the next generation ([`super::keep`]): then their ranks are others, and somebody else listens
+//! ([`Workers::take_up`]). A death in between is not lost: whoever listens next hears of it.
 //!
 //! The workload says which program runs, with which arguments and environment. It inherits a few descriptors and
 //! nothing else of ours: the control socket as its standard input, the node's snapshot slots, and the memory with
@@ -14,7 +17,7 @@ use std::{
         unix::{net::UnixStream as StdStream, process::ExitStatusExt},
     },
     process::{ExitStatus, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -30,7 +33,7 @@ use tokio::{
 
 use crate::{
     error::{Error, Kind},
-    ids::{LocalRank, NodeRanks, Rank},
+    ids::{LocalRank, NodeRanks, Rank, Step},
     protocol::{self, BASE_FD, FromWorker, MAX_MESSAGE, SLOT_FDS, ToWorker},
     snapshot::image::SharedImage,
     workload::{Collectives, Workload},
@@ -60,14 +63,58 @@ impl WorkerEvent {
     }
 }
 
+/// Who hears a worker, and as which rank. Its lock is held for moments only.
+#[derive(Debug)]
+struct Ear {
+    rank: Rank,
+    events: mpsc::UnboundedSender<WorkerEvent>,
+    /// In this generation it has said that it has stopped after this step.
+    stopped: Option<Step>,
+    /// Its process has ended.
+    exited: Option<String>,
+}
+
+impl Ear {
+    /// Passes on what the worker says.
+    fn says(&mut self, message: FromWorker) {
+        if let FromWorker::Stopped { step } = &message {
+            self.stopped = Some(*step);
+        }
+        let _ = self.events.send(WorkerEvent::Message(self.rank, message));
+    }
+
+    /// The step after which it has stopped, and lives.
+    fn stopped_after(&self) -> Option<Step> {
+        self.stopped.filter(|_| self.exited.is_none())
+    }
+
+    fn exits(&mut self, why: String) {
+        let _ = self.events.send(WorkerEvent::Exited(self.rank, why.clone()));
+        self.exited = Some(why);
+    }
+
+    /// From now on somebody else listens. A death that has come before is said again.
+    fn moves(&mut self, rank: Rank, events: mpsc::UnboundedSender<WorkerEvent>) {
+        (self.rank, self.events, self.stopped) = (rank, events, None);
+        if let Some(why) = self.exited.clone() {
+            let _ = self.events.send(WorkerEvent::Exited(rank, why));
+        }
+    }
+}
+
+fn hear(ear: &Mutex<Ear>) -> MutexGuard<'_, Ear> {
+    ear.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[derive(Debug)]
 struct Handle {
+    ear: Arc<Mutex<Ear>>,
     orders: mpsc::UnboundedSender<ToWorker>,
     kill: Arc<Notify>,
     ended: JoinHandle<()>,
 }
 
-/// The worker processes of one generation. Dropping it kills them.
+/// The worker processes of a generation. Dropping it ends them.
 #[derive(Debug)]
 pub struct Workers {
     handles: Vec<Handle>,
@@ -90,6 +137,25 @@ impl Workers {
             handles.push(handle);
         }
         Ok(Self { handles })
+    }
+
+    /// Gives them other ranks, as many as they are; their events go to `events` from here on.
+    pub fn take_up(&self, ranks: NodeRanks, events: &mpsc::UnboundedSender<WorkerEvent>) {
+        for (handle, local) in self.handles.iter().zip(ranks.locals()) {
+            hear(&handle.ear).moves(ranks.rank(local), events.clone());
+        }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.handles.len()
+    }
+
+    /// The step after which all of them have stopped; `None`: one has not, or is gone.
+    pub fn stopped_after(&self) -> Option<Step> {
+        let mut steps = self.handles.iter().map(|handle| hear(&handle.ear).stopped_after());
+        let first = steps.next()??;
+        steps.all(|step| step == Some(first)).then_some(first)
     }
 
     /// Sends a message to one worker. A worker that is gone is reported as [`WorkerEvent::Exited`].
@@ -170,14 +236,16 @@ fn start_one(
         }
     });
 
+    let ear = Arc::new(Mutex::new(Ear { rank, events, stopped: None, exited: None }));
     let last_words = Arc::new(Mutex::new(VecDeque::new()));
     let listening = tokio::spawn({
         let stderr = child.stderr.take();
-        let last_words = Arc::clone(&last_words);
+        let (last_words, ear) = (Arc::clone(&last_words), Arc::clone(&ear));
         async move {
             let Some(stderr) = stderr else { return };
             let mut reader = BufReader::new(stderr);
             while let Ok(Some(line)) = read_line(&mut reader).await {
+                let rank = hear(&ear).rank;
                 tracing::info!(target: "trainer::worker", rank = rank.get(), "{line}");
                 let mut words = last_words.lock().unwrap_or_else(PoisonError::into_inner);
                 if words.len() == 3 {
@@ -190,16 +258,12 @@ fn start_one(
 
     let kill = Arc::new(Notify::new());
     let ended = tokio::spawn({
-        let kill = Arc::clone(&kill);
+        let (kill, ear) = (Arc::clone(&kill), Arc::clone(&ear));
         async move {
-            let reading = {
-                let events = events.clone();
-                async move {
-                    while let Some(message) = read_message(&mut from_worker).await {
-                        if events.send(WorkerEvent::Message(rank, message)).is_err() {
-                            return;
-                        }
-                    }
+            // Between two generations nobody listens, and what is said then is nobody's.
+            let reading = async {
+                while let Some(message) = read_message(&mut from_worker).await {
+                    hear(&ear).says(message);
                 }
             };
             let ((status, is_ours), ()) = tokio::join!(wait(&mut child, &kill), reading);
@@ -207,10 +271,10 @@ fn start_one(
             let _ = tokio::time::timeout(Duration::from_millis(200), listening).await;
             let words = last_words.lock().unwrap_or_else(PoisonError::into_inner).make_contiguous().join(" | ");
             let why = if is_ours { KILLED.to_owned() } else { reason(status, &words) };
-            let _ = events.send(WorkerEvent::Exited(rank, why));
+            hear(&ear).exits(why);
         }
     });
-    Ok(Handle { orders, kill, ended })
+    Ok(Handle { ear, orders, kill, ended })
 }
 
 /// One line of a stream, without its end: bytes that are not text are shown as such, and of a line that does not end at
@@ -299,6 +363,18 @@ fn reason(status: std::io::Result<ExitStatus>, words: &str) -> String {
 }
 
 #[cfg(test)]
+impl Workers {
+    /// One process that does nothing, of rank 0, which has stopped after this step.
+    pub fn stopped(step: Step, events: &mpsc::UnboundedSender<WorkerEvent>) -> Self {
+        let mut command = std::process::Command::new("sleep");
+        command.arg("600");
+        let handle = start_one(Rank(0), command, (&[], None), events.clone()).expect("a process");
+        hear(&handle.ear).stopped = Some(step);
+        Self { handles: vec![handle] }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -321,6 +397,56 @@ mod tests {
         let (mut child, kill) = (start("exec sleep 600"), Notify::new());
         kill.notify_one();
         assert!(wait(&mut child, &kill).await.1, "it would have lived on");
+    }
+
+    fn shell(script: &str, events: &mpsc::UnboundedSender<WorkerEvent>) -> Workers {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", script]);
+        Workers { handles: vec![start_one(Rank(3), command, (&[], None), events.clone()).unwrap()] }
+    }
+
+    /// Whoever listens in the next generation hears of a death that came when nobody listened.
+    #[tokio::test]
+    async fn a_worker_that_is_taken_up_speaks_with_its_new_rank_and_its_death_is_not_lost() {
+        let ranks = NodeRanks { first: Rank(7), workers: 1, world: crate::ids::WorldSize(9) };
+        for dies_before in [true, false] {
+            let (to, mut before) = mpsc::unbounded_channel();
+            let mut workers = shell("head -c 1 >/dev/null; exit 5", &to);
+            drop(to);
+            let ends = |workers: &Workers| workers.tell(LocalRank(0), ToWorker::Proceed { step: Step(1) });
+            if dies_before {
+                ends(&workers);
+                (&mut workers.handles[0].ended).await.unwrap();
+                let event = before.recv().await;
+                assert!(
+                    matches!(&event, Some(WorkerEvent::Exited(Rank(3), why)) if why.contains("code 5")),
+                    "{event:?}"
+                );
+            }
+            let (to, mut after) = mpsc::unbounded_channel();
+            workers.take_up(ranks, &to);
+            assert!(before.recv().await.is_none(), "nothing more is said there");
+            if !dies_before {
+                ends(&workers);
+            }
+            let event = after.recv().await;
+            assert!(matches!(&event, Some(WorkerEvent::Exited(Rank(7), why)) if why.contains("code 5")), "{event:?}");
+            assert_eq!(workers.stopped_after(), None, "it is gone");
+        }
+    }
+
+    #[test]
+    fn workers_have_stopped_when_all_of_them_have_said_so_in_this_generation() {
+        let (to, _heard) = mpsc::unbounded_channel();
+        let mut ear = Ear { rank: Rank(0), events: to.clone(), stopped: None, exited: None };
+        assert_eq!(ear.stopped_after(), None);
+        ear.says(FromWorker::Stopped { step: Step(4) });
+        assert_eq!(ear.stopped_after(), Some(Step(4)));
+        ear.moves(Rank(1), to);
+        assert_eq!(ear.stopped_after(), None, "that was another generation");
+        ear.says(FromWorker::Stopped { step: Step(9) });
+        ear.exits("killed".into());
+        assert_eq!(ear.stopped_after(), None);
     }
 
     #[tokio::test]

@@ -26,10 +26,13 @@ pub(super) fn lines(nodes: &Overview<'_>, now: Timestamp) -> Vec<(&'static str, 
         lines.push(("node", format!("{more} more; --json lists them all")));
     }
     lines.extend(waiting(nodes).take(SHOWN).map(|view| {
-        let NodeView { node, workers, stays_out, .. } = view;
+        let NodeView { node, workers, stays_out, waits, .. } = view;
         let mut text = format!("{node}: {}; {}", human::plural((*workers).into(), "worker"), life(view, now));
         if let Some(why) = stays_out {
             text.push_str(&format!("; {why}"));
+        }
+        if let Some(why) = waits {
+            text.push_str(&format!("; it joins later: {}", human::plain(why)));
         }
         ("waiting", text)
     }));
@@ -111,6 +114,7 @@ mod tests {
             address: None,
             out_of_reach_of: Vec::new(),
             stays_out: None,
+            waits: None,
         }
     }
 

@@ -24,6 +24,14 @@ pub const WORKER_SUBCOMMAND: &str = "worker";
 pub enum ToWorker {
     /// The worker's identity and its task. Always first.
     Start(Box<Assignment>),
+    /// To a worker that has said [`FromWorker::Stopped`] and whose state is saved: its place in the next generation, of
+    /// the same task. It leaves its peers, and everything up to [`ToWorker::Go`] follows as after a start.
+    Regroup {
+        /// Its place.
+        assignment: Box<Assignment>,
+        /// Its state is the one that the generation starts from: it keeps it, and is told no [`ToWorker::Restore`].
+        keeps: bool,
+    },
     /// Where rank 0's c10d store listens.
     Peers {
         /// Address of the node that has rank 0.

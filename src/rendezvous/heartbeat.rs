@@ -106,6 +106,9 @@ pub struct Group {
     /// It has left, and this is its last beat.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub left: bool,
+    /// Of a leader: why nodes that could join wait longer than until the next checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub puts_off: Option<String>,
 }
 
 /// A node's own view of its part.
@@ -529,6 +532,7 @@ pub mod testing {
             workers: 8,
             program: String::new(),
             unreachable: Vec::new(),
+            puts_off: None,
             left: false,
         }
     }

@@ -109,6 +109,9 @@ pub struct NodeView<'a> {
     /// Why it can't be in one group with the others, of a node outside.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stays_out: Option<String>,
+    /// Why one outside that could join waits longer than until the next checkpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits: Option<&'a str>,
 }
 
 /// The nodes of a run.
@@ -151,6 +154,7 @@ pub fn overview<'a>(
             address: address.or_else(|| entry?.address.as_deref()),
             out_of_reach_of: cut_off.get(node).cloned().unwrap_or_default(),
             stays_out: None,
+            waits: None,
         }
     };
     let mut next = 0_u32;
@@ -169,9 +173,10 @@ pub fn overview<'a>(
     let usual = leads.or_else(|| most(outside.iter().filter_map(|sighting| sighting.group()).collect()));
     let outside: Vec<NodeView<'_>> = outside
         .into_iter()
-        .map(|sighting| NodeView {
-            stays_out: usual.zip(sighting.group()).and_then(|(usual, group)| unlike(group, usual, mixed)),
-            ..view(&sighting.node, None, None)
+        .map(|sighting| {
+            let stays_out = usual.zip(sighting.group()).and_then(|(usual, group)| unlike(group, usual, mixed));
+            let waits = leads.filter(|_| stays_out.is_none()).and_then(|leads| leads.puts_off.as_deref());
+            NodeView { stays_out, waits, ..view(&sighting.node, None, None) }
         })
         .collect();
     if !formed.is_some_and(Formation::is_of_several) && outside.is_empty() {
@@ -305,6 +310,23 @@ mod tests {
         let outside: Vec<_> = shown.outside.iter().map(|view| (view.node.as_str(), view.workers, view.says)).collect();
         assert_eq!(outside, [("x", 8, Some(State::Waiting))], "a node that left is not outside, it is gone");
         assert_eq!(shown.outside[0].out_of_reach_of, [&id("a")]);
+    }
+
+    #[test]
+    fn a_node_outside_that_could_join_waits_for_what_the_leader_says() {
+        let led = formed(&[("a", 1)]);
+        let leader = |says: Option<&str>| sighting("a", 1000, |group| group.puts_off = says.map(str::to_owned));
+        let waits = |seen: &[Sighting]| -> Vec<Option<String>> {
+            let shown = overview(Some(&led), seen, at(1000), false).unwrap();
+            shown.outside.into_iter().map(|view| view.waits.map(str::to_owned)).collect()
+        };
+        let other = || sighting("b", 1000, |group| group.kind = "B".into());
+        let like = || sighting("c", 1000, |_| ());
+        assert_eq!(waits(&[leader(None), other(), like()]), [None, None]);
+        // Only those that could join wait for it, and only a leader says it.
+        assert_eq!(waits(&[leader(Some("later")), other(), like()]), [None, Some("later".to_owned())]);
+        let not_led = sighting("b", 1000, |group| group.puts_off = Some("later".into()));
+        assert_eq!(waits(&[leader(None), not_led]), [None]);
     }
 
     #[test]

@@ -170,6 +170,15 @@ pub enum Event {
         /// Its node.
         node: String,
     },
+    /// This node's workers have lived through a planned change of their group, and go on in this generation.
+    Kept {
+        /// The step whose state they have.
+        step: Step,
+        /// How many there are.
+        workers: u32,
+        /// They load that state all the same, since each rank has a part of it that depends on the others.
+        loads: bool,
+    },
     /// State was loaded from a checkpoint.
     Restored {
         /// Its step.

@@ -219,6 +219,7 @@ mod tests {
                 pid: Some(77),
                 checkpoint: Some(Step(4)),
             },
+            Event::Kept { step: Step(4), workers: 2, loads: false },
             Event::Restored {
                 step: Step(4),
                 bytes: 10,
@@ -286,6 +287,7 @@ mod tests {
 {"event":"formed","generation":2,"world_size":2,"resume_step":4,"total_steps":9}
 {"event":"formed","generation":3,"world_size":3,"resume_step":4,"total_steps":9,"shares":{"sequences":8,"ranks":[2,3,3],"efficiency":0.75}}
 {"event":"found_dead","node":"n-1","generation":1,"same_machine":true,"pid":77,"checkpoint":4}
+{"event":"kept","step":4,"workers":2,"loads":false}
 {"event":"restored","step":4,"bytes":10,"fetch_s":0.25,"restore_s":0.5,"from":"memory"}
 {"event":"step","step":5,"loss":5.4321987,"lr":0.0003,"grad_norm":1.5,"tokens":2560,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
 {"event":"step","step":6,"loss":0.30000000000000004,"lr":0.0003,"grad_norm":1.5,"tokens":3072,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}

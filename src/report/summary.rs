@@ -56,6 +56,7 @@ impl Summary {
             | Event::Upload { .. }
             | Event::FoundDead { .. }
             | Event::Standby { .. }
+            | Event::Kept { .. }
             | Event::Restored { .. }
             | Event::Notice { .. }
             | Event::Drain { .. }

@@ -95,6 +95,10 @@ impl Lines {
                 }
             }
             Event::Standby { node } => info!("waiting: node {} is training this run", human::plain(node)),
+            Event::Kept { step, workers, loads: false } => {
+                info!(workers, "the workers go on from the state of step {step} in their memory");
+            }
+            Event::Kept { step, workers, loads: true } => info!(workers, "the workers live on, and load step {step}"),
             Event::Restored { step, bytes, fetch_s, restore_s, from, .. } => info!(
                 from,
                 size = %human::bytes(*bytes),
@@ -257,6 +261,7 @@ impl Bars {
             | Event::Counted(_)
             | Event::FoundDead { .. }
             | Event::Standby { .. }
+            | Event::Kept { .. }
             | Event::Restored { .. }
             | Event::Notice { .. }
             | Event::Drain { .. }

@@ -622,13 +622,15 @@ impl Runner {
             nearest: self.is_together(),
             neighbours: seating.neighbours.clone(),
             store: seating.store,
-            collectives: Arc::new(if seating.others.is_empty() {
-                Collectives::default()
-            } else {
+            // Of a run that may have several nodes, workers may live until others come.
+            collectives: Arc::new(if self.is_together() {
                 resolved.workload.collectives(seating.store.ip())
+            } else {
+                Collectives::default()
             }),
             doubted: differed,
             spent: Spent::of(&self.journal.state(), Timestamp::now()),
+            kept: None,
         }
     }
 

@@ -68,12 +68,21 @@ impl Batches {
     /// From `dataset`, in sequences of `sequence_length` tokens and the one that follows, in the order and the passes
     /// that `train` says. An error if the world has more ranks than a step has sequences.
     pub fn new(dataset: Dataset, sequence_length: u32, train: &TrainConfig, place: Place) -> Result<Self> {
-        let Place { rank, world, device } = place;
         let sampler = Sampler::over(&dataset, Split::Train, sequence_length, train.seed)?;
         let held_out = dataset.samples(Split::Validation, sequence_length);
+        let source = Corpus { dataset: Arc::new(dataset), sampler, length: sequence_length, device: place.device };
+        Self::of(source, held_out, train, place)
+    }
+
+    /// Those of another rank, or of another world, from the same dataset.
+    pub fn of_place(&self, train: &TrainConfig, place: Place) -> Result<Self> {
+        Self::of(self.reader.source().clone(), self.held_out, train, place)
+    }
+
+    fn of(source: Corpus, held_out: u64, train: &TrainConfig, place: Place) -> Result<Self> {
+        let Place { rank, world, .. } = place;
         let passes = Spread::new(train.global_batch, world, train.max_micro_batch)?.passes(rank);
         let order = Order { passes, global_batch: train.global_batch, rank, world, last: Step(train.steps) };
-        let source = Corpus { dataset: Arc::new(dataset), sampler, length: sequence_length, device };
         Ok(Self { reader: Reader::new(source, order), passes, held_out, batch: None, sources: Vec::new() })
     }
 

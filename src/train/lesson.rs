@@ -67,6 +67,10 @@ pub trait Lesson {
     /// How this rank's samples of a step are spread over passes.
     fn passes(&self) -> Passes;
 
+    /// From now on the samples are those of another place, on the same device. An error if its world has more ranks
+    /// than a step has samples.
+    fn moves(&mut self, train: &TrainConfig, place: Place) -> Result<()>;
+
     /// Samples held out.
     fn held_out(&self) -> u64;
 
@@ -173,6 +177,11 @@ impl Lesson for Language {
         self.batches.passes()
     }
 
+    fn moves(&mut self, train: &TrainConfig, place: Place) -> Result<()> {
+        self.batches = self.batches.of_place(train, place)?;
+        Ok(())
+    }
+
     fn held_out(&self) -> u64 {
         self.batches.held_out()
     }
@@ -238,10 +247,14 @@ impl Own {
     /// With parameters that are fresh (`draw`), or arbitrary ones that are loaded afterwards. An error if the world has
     /// more ranks than a step has samples.
     pub fn new(opened: Opened, train: &TrainConfig, place: Place, draw: bool) -> Result<Self> {
-        let passes = Spread::new(train.global_batch, place.world, train.max_micro_batch)?.passes(place.rank);
+        let passes = passes(train, place)?;
         let arithmetic = Arithmetic { device: place.device, precision: train.precision, draw };
         Ok(Self { learner: Learner::new(opened, train.seed, arithmetic)?, passes })
     }
+}
+
+fn passes(train: &TrainConfig, place: Place) -> Result<Passes> {
+    Ok(Spread::new(train.global_batch, place.world, train.max_micro_batch)?.passes(place.rank))
 }
 
 impl Lesson for Own {
@@ -255,6 +268,11 @@ impl Lesson for Own {
 
     fn passes(&self) -> Passes {
         self.passes
+    }
+
+    fn moves(&mut self, train: &TrainConfig, place: Place) -> Result<()> {
+        self.passes = passes(train, place)?;
+        Ok(())
     }
 
     fn held_out(&self) -> u64 {

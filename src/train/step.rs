@@ -60,6 +60,21 @@ impl Built {
         Ok(Self { state, base, lesson, layout, train, place })
     }
 
+    /// Of a rank that leaves its peers between two steps, for another place on the same device: it keeps its state.
+    /// Call [`Training::rest`] before. An error if its ranks have parts of a state, under the strategy before or the
+    /// one in `parallel`.
+    pub fn again(before: Training, parallel: &ParallelConfig, place: Place) -> Result<Self> {
+        let Training { train, mut lesson, strategy, timer, .. } = before;
+        // It watches the old leaves.
+        drop(timer);
+        let values = strategy.release();
+        let values = values.ok_or_else(|| Error::new(Kind::Bug, "other ranks have parts of this state"))?;
+        let (state, layout) = strategy::lay_out_again(parallel, lesson.leaves_mut(), values, place.world)?;
+        let base = State::of_base(lesson.leaves())?;
+        lesson.moves(&train, place)?;
+        Ok(Self { state, base, lesson, layout, train, place })
+    }
+
     /// Ready for the first step. The state must be loaded by then.
     pub fn start(self, data: &DataConfig, peers: Peers) -> Result<Training> {
         let Self { lesson, layout, train, place, .. } = self;
@@ -196,6 +211,17 @@ impl Training {
         Ok(self.strategy.settle()?)
     }
 
+    /// Between two steps: nothing of this rank's is in flight afterwards, on its device or among its peers.
+    pub fn rest(&mut self) -> Result<()> {
+        self.strategy.settle()?;
+        if self.place.device.is_cuda() {
+            // A communicator is not destroyed while a kernel may still use it: this number is behind all of them.
+            let last = Tensor::f_zeros([], (tch::Kind::Float, self.place.device));
+            torch::to_f64(&torch::tch_result("wait for the device", last)?)?;
+        }
+        Ok(())
+    }
+
     /// The limit of every collective that is begun from now on. The last update has then reached this rank's weights.
     pub fn set_patience(&mut self, limit: Duration) -> Result<()> {
         self.strategy.settle()?;
@@ -248,6 +274,7 @@ fn pass_seed(seed: u64, first: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    mod again;
     mod ahead;
     mod device_tests;
     mod marked;

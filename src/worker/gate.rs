@@ -71,6 +71,8 @@ pub struct StepGate {
     compare: [AtomicBool; 2],
     /// The step whose measured state is known to be no reason to stop, plus 1; 0: none is.
     proceeds: AtomicU64,
+    /// Another generation begins.
+    regroups: AtomicBool,
     /// Guards nothing but the sleep of a loop that is frozen, has stopped, or waits for a verdict.
     sleep: Mutex<u64>,
     wake: Condvar,
@@ -86,6 +88,7 @@ impl StepGate {
             mode: [AtomicU8::new(0), AtomicU8::new(0)],
             compare: [AtomicBool::new(false), AtomicBool::new(false)],
             proceeds: AtomicU64::new(0),
+            regroups: AtomicBool::new(false),
             sleep: Mutex::new(0),
             wake: Condvar::new(),
         }
@@ -204,12 +207,24 @@ impl StepGate {
         Save { slot, mode: MODES.into_iter().find(|known| number_of(*known) == mode).unwrap_or_default(), compare }
     }
 
+    /// Control thread, after the end: another generation begins.
+    pub fn regroup(&self) {
+        let mut generation = self.lock();
+        self.regroups.store(true, Ordering::Release);
+        *generation += 1;
+        self.wake.notify_all();
+    }
+
     /// Train loop, after the end: waits for an order to save the last step, which may come when a slot gets free.
-    pub fn wait_for_last_save(&self, done: Step) -> Save {
+    /// `None`: another generation begins, and this one has ordered no other save.
+    pub fn wait_for_last_save(&self, done: Step) -> Option<Save> {
         let mut generation = self.lock();
         loop {
             if let Some(save) = self.take_save(done) {
-                return save;
+                return Some(save);
+            }
+            if self.regroups.load(Ordering::Acquire) {
+                return None;
             }
             generation = self.wake.wait(generation).unwrap_or_else(PoisonError::into_inner);
         }
@@ -258,7 +273,24 @@ mod tests {
         gate.thaw(&[order(1, 1)], Some(Step(1)));
         assert_eq!(enter(&gate, Step(1)), Boundary { save: into(1), proceed: false });
         gate.thaw(&[order(1, 0)], None);
-        assert_eq!(gate.wait_for_last_save(Step(1)).slot, 0);
+        assert_eq!(gate.wait_for_last_save(Step(1)).unwrap().slot, 0);
+    }
+
+    #[test]
+    fn a_loop_that_has_stopped_obeys_its_last_order_before_another_generation_begins() {
+        let gate = StepGate::new(Step(0), Step(1));
+        enter(&gate, Step(0));
+        assert_eq!(enter(&gate, Step(1)), Boundary { save: None, proceed: false });
+        gate.thaw(&[order(1, 1)], None);
+        gate.regroup();
+        assert_eq!(gate.wait_for_last_save(Step(1)), into(1));
+        assert_eq!(gate.wait_for_last_save(Step(1)), None);
+        // It may sleep already.
+        let gate = Arc::new(StepGate::new(Step(1), Step(1)));
+        let other = Arc::clone(&gate);
+        let waiting = std::thread::spawn(move || other.wait_for_last_save(Step(1)));
+        gate.regroup();
+        assert_eq!(waiting.join().unwrap(), None);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use std::{
     os::{fd::AsFd, unix::net::UnixStream},
     sync::{Arc, Mutex, PoisonError},
+    thread::JoinHandle,
 };
 
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
@@ -13,7 +14,7 @@ use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_sig
 use super::gate::StepGate;
 use crate::{
     error::{Error, Kind, Result},
-    protocol::{FromWorker, ToWorker, read_message, write_message},
+    protocol::{Assignment, FromWorker, ToWorker, read_message, write_message},
 };
 
 /// Sends to the agent; shared by the loop, the control thread and the copy threads.
@@ -26,6 +27,17 @@ pub struct Link {
 #[derive(Debug)]
 pub struct Orders {
     stream: UnixStream,
+}
+
+/// The next generation of a worker that lives on.
+#[derive(Debug)]
+pub struct Next {
+    /// The stream, which the control thread gives back.
+    pub orders: Orders,
+    /// The worker's place.
+    pub assignment: Assignment,
+    /// Its state is the one to go on from.
+    pub keeps: bool,
 }
 
 /// Takes over the control stream and ties this process's life to the agent's.
@@ -70,11 +82,15 @@ impl Orders {
         }
     }
 
-    /// Obeys orders on a thread of its own from here on.
-    pub fn serve(mut self, link: Link, gate: Arc<StepGate>) -> Result<()> {
+    /// Obeys orders on a thread of its own from here on, until another generation begins: then the thread ends.
+    pub fn serve(mut self, link: Link, gate: Arc<StepGate>) -> Result<JoinHandle<Next>> {
         let run = move || {
             loop {
                 match self.next() {
+                    ToWorker::Regroup { assignment, keeps } => {
+                        gate.regroup();
+                        return Next { orders: self, assignment: *assignment, keeps };
+                    }
                     ToWorker::Freeze { ticket } => link.tell(&FromWorker::Frozen { ticket, started: gate.freeze() }),
                     ToWorker::Thaw { saves, stop_after } => gate.thaw(&saves, stop_after),
                     ToWorker::Proceed { step } => gate.proceed(step),
@@ -84,6 +100,6 @@ impl Orders {
             }
         };
         let spawned = std::thread::Builder::new().name("control".into()).spawn(run);
-        spawned.map(|_| ()).map_err(|error| Error::from_source(Kind::Bug, error).context("start control thread"))
+        spawned.map_err(|error| Error::from_source(Kind::Bug, error).context("start control thread"))
     }
 }

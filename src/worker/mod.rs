@@ -4,6 +4,10 @@
 //! and copies its share of the state into shared memory when ordered. A LibTorch abort, a CUDA fault or the OOM killer
 //! takes one worker; the agent still holds its last snapshot.
 //!
+//! A worker may live longer than a generation: when all ranks have stopped at a step that is saved, the agent may give
+//! it another place in another group ([`ToWorker::Regroup`](crate::protocol::ToWorker::Regroup)). It leaves its peers
+//! and starts as it did at first (`start`), but for the state, which it has.
+//!
 //! Threads: the train loop (main), the control thread that answers freezes, and the copy threads. Nothing here is
 //! asynchronous. On an error the worker reports what a person should know and exits; on a crash it reports nothing, and
 //! the agent learns of it from the end of the process.
@@ -29,9 +33,10 @@ use std::{
 use self::{
     fitting::Fitting,
     gate::{Save, StepGate},
-    link::Link,
+    link::{Link, Next, Orders},
     patience::{After, Patience},
     reports::Reports,
+    start::Started,
 };
 use crate::{
     error::{Error, Kind, Result},
@@ -46,10 +51,8 @@ use crate::{
 
 /// Runs a worker to its end. Called only in a process started by an agent, never by hand.
 pub fn main() -> Result<ExitCode> {
-    let (link, mut orders) = link::connect()?;
-    let result =
-        start::start(&link, &mut orders).and_then(|(worker, saves, measure)| worker.train(orders, &saves, measure));
-    match result {
+    let (link, orders) = link::connect()?;
+    match live(&link, orders) {
         Ok(never) => match never {},
         Err(error) => {
             // If memory is short now, it may suffice once others have released theirs: the agent decides.
@@ -66,10 +69,22 @@ pub fn main() -> Result<ExitCode> {
     }
 }
 
+/// One generation after the other.
+fn live(link: &Link, mut orders: Orders) -> Result<Never> {
+    let mut started = start::first(link, &mut orders)?;
+    loop {
+        let Started { worker, saves, measure } = started;
+        let (training, next) = worker.train(orders, &saves, measure)?;
+        let Next { orders: again, assignment, keeps } = next;
+        orders = again;
+        started = start::again(link, &mut orders, assignment, training, keeps)?;
+    }
+}
+
 /// How long a worker whose task has failed stays, unless its agent ends it sooner: until its reason has been heard.
 const HEARD: Duration = Duration::from_secs(2);
 
-/// The result of a worker's train loop: it ends only with the process, or with an error.
+/// The result of a worker's life: it ends only with the process, or with an error.
 enum Never {}
 
 struct Worker {
@@ -95,26 +110,32 @@ struct Worker {
 }
 
 impl Worker {
-    fn train(mut self, orders: link::Orders, saves: &[SaveOrder], measure: bool) -> Result<Never> {
-        let ended = self.run(orders, saves, measure).map_err(|error| match is_out_of_memory(&error.to_string()) {
-            true => error.context(self.fitting.words()),
-            false => error,
-        });
-        if ended.is_err() {
-            // The step before the error is finished, and whoever hears of the error has heard of that.
-            // If its numbers can't be read any more, the error itself is what counts.
-            let _ = self.report();
+    /// Trains until the agent gives this worker a place in the next generation.
+    fn train(mut self, orders: Orders, saves: &[SaveOrder], measure: bool) -> Result<(Training, Next)> {
+        match self.run(orders, saves, measure) {
+            // The slots are the agent's again before it lays them out anew.
+            Ok(next) => Ok((self.training, next)),
+            Err(error) => {
+                // The step before the error is finished, and whoever hears of the error has heard of that.
+                // If its numbers can't be read any more, the error itself is what counts.
+                let _ = self.report();
+                // Its peers see its connections close when it is dropped: not before the agent has heard why. The
+                // process ends.
+                let words = is_out_of_memory(&error.to_string()).then(|| self.fitting.words());
+                std::mem::forget(self);
+                Err(match words {
+                    Some(words) => error.context(words),
+                    None => error,
+                })
+            }
         }
-        // Its peers see its connections close when it is dropped: not before the agent has heard why. The process ends.
-        std::mem::forget(self);
-        ended
     }
 
     /// The train loop: readable from here to its end. `measure`: the state that was loaded, first of all.
-    fn run(&mut self, orders: link::Orders, saves: &[SaveOrder], measure: bool) -> Result<Never> {
+    fn run(&mut self, orders: Orders, saves: &[SaveOrder], measure: bool) -> Result<Next> {
         let gate = Arc::new(StepGate::new(self.done, self.last));
         gate.thaw(saves, None);
-        orders.serve(self.link.clone(), Arc::clone(&gate))?;
+        let control = orders.serve(self.link.clone(), Arc::clone(&gate))?;
         if measure {
             self.evaluate(&gate)?;
         }
@@ -175,12 +196,12 @@ impl Worker {
         self.training.settle()?;
         self.link.tell(&FromWorker::Stopped { step: self.done });
         // The state stays as it is, so its save may be ordered when a slot becomes free. The control thread ends the
-        // process.
-        loop {
-            let save = gate.wait_for_last_save(self.done);
+        // process, unless another generation begins.
+        while let Some(save) = gate.wait_for_last_save(self.done) {
             self.save(save)?;
             self.finish_capture()?;
         }
+        control.join().map_err(|_| Error::new(Kind::Bug, "the control thread has panicked"))
     }
 
     /// Reports the step whose report is due, if there is one: nobody may hear of a state before that.

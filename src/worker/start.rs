@@ -7,6 +7,10 @@
 //! ► Go                                                         the strategy meets its peers; the loop begins
 //! ```
 //!
+//! A worker that lives on in another generation ([`again`]) hears `Regroup` in place of `Start`. If its state is the
+//! one to go on from, it is told no `Restore`, and the tensors stay where they are; otherwise it drops everything and
+//! loads, as a new one does. Only what is set once for a process is not set again.
+//!
 //! *Crash, error:* nothing has been changed that lasts. The agent starts the whole group again.
 
 use std::{fs::File, net::SocketAddr, path::Path, time::Duration};
@@ -32,39 +36,85 @@ use crate::{
     snapshot::{capture::Capture, image::SharedImage, plan::SlotCopy},
     task,
     torch::{self, Backend, HostCopier, ProcessGroup},
-    train::{Batches, Built, Language, Lesson, Own, Place, state::State, strategy::Peers},
+    train::{Batches, Built, Language, Lesson, Own, Place, Training, state::State, strategy::Peers},
 };
 
 const COPY_THREADS: usize = 2;
 
-/// A worker that is ready for its first step, the saves already decided, and whether the loaded state is measured
-/// first.
-pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<SaveOrder>, bool)> {
-    let assignment = match orders.next() {
+/// A worker that is ready for its first step.
+pub(super) struct Started {
+    pub worker: Worker,
+    /// The saves already decided.
+    pub saves: Vec<SaveOrder>,
+    /// The loaded state is measured first.
+    pub measure: bool,
+}
+
+/// In the worker's first generation.
+pub(super) fn first(link: &Link, orders: &mut Orders) -> Result<Started> {
+    let mut assignment = match orders.next() {
         ToWorker::Start(assignment) => *assignment,
         other => return Err(out_of_turn(&other)),
     };
-    let Assignment { rank, local_rank, world_size: world, generation, resume_step, store, several_nodes, task } =
+    let task = Task::read(std::mem::take(&mut assignment.task))?;
+    let train = &task.config.train;
+    torch::set_num_threads(train.threads)?;
+    torch::set_interop_threads(1)?;
+    torch::set_deterministic(train.deterministic)?;
+    start(link, orders, assignment, task, None)
+}
+
+/// In a later one, after `before`. `keeps`: its state is the one to go on from. The task is the same.
+pub(super) fn again(
+    link: &Link,
+    orders: &mut Orders,
+    mut assignment: Assignment,
+    mut before: Training,
+    keeps: bool,
+) -> Result<Started> {
+    let at = At { rank: Some(assignment.rank.get()), step: Some(assignment.resume_step.get()) };
+    faults::check("worker.regroup", at).map_err(super::injected)?;
+    let task = Task::read(std::mem::take(&mut assignment.task))?;
+    before.rest()?;
+    // Otherwise its memory is free before the next state is made.
+    let before = keeps.then_some(before);
+    start(link, orders, assignment, task, before)
+}
+
+/// Up to the first step. `before`: what this worker had, whose state it keeps.
+fn start(
+    link: &Link,
+    orders: &mut Orders,
+    assignment: Assignment,
+    task: Task,
+    before: Option<Training>,
+) -> Result<Started> {
+    let Assignment { rank, local_rank, world_size: world, generation, resume_step, store, several_nodes, .. } =
         assignment;
     let limit = patience::forming(several_nodes);
-    let Task { config: task, data_dir, data, base } = Task::read(task)?;
-    torch::set_num_threads(task.train.threads)?;
-    torch::set_interop_threads(1)?;
-    torch::set_deterministic(task.train.deterministic)?;
-
-    // Rank 0 listens before it does anything slow, so that its peers need not try again.
-    let served = if world.get() > 1 && rank == Rank(0) { Some(listen(link, store, limit)?) } else { None };
+    let Task { config: task, data_dir, data, base } = task;
+    let serves = world.get() > 1 && rank == Rank(0);
+    let serve = || listen(link, store, limit);
+    // Rank 0 listens before it does anything slow, so that its peers need not try again; but one that has served
+    // before, not while that store may still have the port.
+    let served = if serves && before.is_none() { Some(serve()?) } else { None };
     let place = Place { rank, world, device: device::pick(&task.parallel, task.train.precision, local_rank)? };
+    let kept = before.map(|before| Built::again(before, &task.parallel, place)).transpose()?;
+    let keeps = kept.is_some();
+    let served = if serves && served.is_none() { Some(serve()?) } else { served };
     // Weights that are to be loaded need not be drawn first. Adapters begin fresh, whatever they are added to.
     let draw = resume_step == Step(0) && (task.model.init_from.is_none() || task.model.lora.is_some());
-    let lesson: Box<dyn Lesson> = match task.model.task() {
-        None => {
-            let batches = Batches::new(dataset(&data_dir, &data)?, task.data.sequence_length, &task.train, place)?;
-            Box::new(Language::new(&task.model, &task.train, &task.parallel, place, draw, batches)?)
-        }
-        Some(own) => Box::new(Own::new(opened(&own, &data)?, &task.train, place, draw)?),
+    let build = || -> Result<Built> {
+        let lesson: Box<dyn Lesson> = match task.model.task() {
+            None => {
+                let batches = Batches::new(dataset(&data_dir, &data)?, task.data.sequence_length, &task.train, place)?;
+                Box::new(Language::new(&task.model, &task.train, &task.parallel, place, draw, batches)?)
+            }
+            Some(own) => Box::new(Own::new(opened(&own, &data)?, &task.train, place, draw)?),
+        };
+        Built::new(lesson, task.train.clone(), &task.parallel, place)
     };
-    let mut built = Built::new(lesson, task.train.clone(), &task.parallel, place)?;
+    let mut built = kept.map_or_else(build, Ok)?;
     let (tensors, parameters) = (built.state.specs().to_vec(), built.state.trained());
     link.tell(&FromWorker::Built { tensors, device: device_name(place.device), parameters });
 
@@ -77,10 +127,10 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         ToWorker::Layout { slots, copies } => capture(slots, &copies, &built.state, place)?,
         other => return Err(out_of_turn(&other)),
     };
-    if task.model.lora.is_some() {
+    if task.model.lora.is_some() && !keeps {
         built.base.load(&mapped(BASE_FD, &base).context("map the base")?, true).context("load the base")?;
     }
-    if !draw {
+    if !draw && !keeps {
         match orders.next() {
             ToWorker::Restore { slot, files, weights_only } => {
                 restore(&mut built.state, slot, &files, weights_only).context("restore")?;
@@ -129,7 +179,7 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         may_stop_early,
         fitting,
     };
-    Ok((worker, saves, measure))
+    Ok(Started { worker, saves, measure })
 }
 
 /// The fingerprint of what all ranks have when they begin: their state, and the base of adapters, which never changes.

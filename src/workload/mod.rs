@@ -60,7 +60,7 @@ pub use self::{
 };
 use crate::{
     checkpoint::{manifest::TrainerState, restore::RemoteFile},
-    config::{Device, LoraConfig, Shares, Spread, StorageConfig, TrainTask},
+    config::{Device, LoraConfig, Shares, Spread, StorageConfig, Strategy, TrainTask},
     data::{LocalDataset, identity},
     error::{Error, Kind, Result},
     ids::{DatasetId, Generation, LocalRank, NodeRanks, RunId, Step, WorldSize},
@@ -128,6 +128,11 @@ impl Workload {
     /// The step after which the run is complete.
     pub const fn last_step(&self) -> Step {
         self.task.last_step()
+    }
+
+    /// Each rank has the whole state, in a world of any size.
+    pub fn is_replicated(&self) -> bool {
+        self.task.parallel.strategy == Strategy::Ddp
     }
 
     /// The data that it is trained on.

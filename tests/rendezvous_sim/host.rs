@@ -455,6 +455,7 @@ fn group(beat: &Beat) -> Group {
         kind: String::new(),
         workers: 1,
         program: String::new(),
+        puts_off: None,
         unreachable: Vec::new(),
         left: beat.left,
     }

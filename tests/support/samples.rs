@@ -349,6 +349,7 @@ pub fn heartbeat_in_group() -> Heartbeat {
         program: String::new(),
         unreachable: vec![node()],
         left: true,
+        puts_off: None,
     };
     Heartbeat { format: 2, group: Some(group), ..heartbeat() }
 }

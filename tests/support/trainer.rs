@@ -395,6 +395,10 @@ impl Running {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+    /// How often this text is on stderr.
+    pub fn said(&self, text: &str) -> usize {
+        hear(&self.ear).stderr.matches(text).count()
+    }
     /// Sends the agent a signal.
     pub fn signal(&self, signal: Signal) {
         // An error means that it has already gone; then the test learns the reason from its exit code.

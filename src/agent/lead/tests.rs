@@ -7,6 +7,8 @@ use crate::{
     agent::{
         effects::{Answers, Order, channels},
         generation::{Load, Source, Stopped},
+        group::ToMember,
+        node::Crew,
         phase::Incoming,
         save::{gather::Fetched, slots::Slots, upload::SaveEvent},
         stopping::Stopping,
@@ -95,6 +97,7 @@ impl Stage {
             store: "127.0.0.1:0".parse().unwrap(),
             doubted: false,
             spent: Spent::default(),
+            kept: None,
             collectives: Arc::default(),
         };
         Self { plan, slots: Slots::create(SlotCount::TWO).unwrap(), reporter, heard, store }
@@ -105,7 +108,8 @@ impl Stage {
         let (none, events) = (NodeRanks::alone(0), &senders.workers);
         let workers =
             Workers::start(&self.plan.workload, &self.plan.collectives, none, &self.slots.shared(), events).unwrap();
-        let node = Node::begin(&self.plan, &mut self.slots, workers).unwrap();
+        let crew = Crew { workers, regroups: false, keeps_state: false };
+        let node = Node::begin(&self.plan, &mut self.slots, crew).unwrap();
         (Lead::begin(&self.plan, Instant::now(), node, (Others::none(), None), &self.reporter, senders), answers)
     }
 }
@@ -212,7 +216,7 @@ async fn only_a_run_that_was_stopped_gives_up_its_save() {
         let (mut lead, mut answers) = stage.begin();
         let done = lead.perform(all([lay_out(), save(1)]));
         assert!(done.is_continue());
-        let _left = tokio::time::timeout(LIMIT, lead.end(&end, false)).await.expect("it hangs");
+        let _left = tokio::time::timeout(LIMIT, lead.end(&end, &Members::default())).await.expect("it hangs");
         let saved = saved(&mut answers).await;
         assert_eq!(saved.is_err(), given_up, "{end:?}: {saved:?}");
         assert_eq!(journal.state().newest().is_none(), given_up, "{end:?}");
@@ -229,12 +233,62 @@ async fn only_an_end_with_a_last_record_leaves_the_workers_to_it() {
     ] {
         let mut stage = Stage::new().await;
         let (lead, _answers) = stage.begin();
-        let left = tokio::time::timeout(LIMIT, lead.end(&end, false)).await.expect("it hangs").unwrap();
+        let left = tokio::time::timeout(LIMIT, lead.end(&end, &Members::default())).await.expect("it hangs").unwrap();
         assert_eq!(left.is_some(), leaves, "{end:?}");
-        if let Some(Left { leaving, retention, members: _ }) = left {
+        if let Some(Left { leaving, retention, members: _, kept: _, stepped: _ }) = left {
             assert!(retention.is_some());
             tokio::time::timeout(LIMIT, leaving.expect("workers")).await.expect("they never go").unwrap();
         }
+    }
+}
+
+/// The words by which the others hear that it is over: who stays.
+fn stay(sent: &mut mpsc::UnboundedReceiver<(NodeId, ToMember)>) -> Vec<String> {
+    let over = |(_, words)| match words {
+        ToMember::Over { stay, .. } => Some(stay.iter().map(ToString::to_string).collect()),
+        _ => None,
+    };
+    std::iter::from_fn(|| sent.try_recv().ok()).find_map(over).expect("its end")
+}
+
+#[tokio::test]
+async fn workers_are_kept_if_their_step_is_committed_and_their_node_stays() {
+    let id = |name: &str| NodeId::new(name).unwrap();
+    let leaving =
+        |names: &[&str]| Members { leaving: names.iter().map(|name| id(name)).collect(), ..Members::default() };
+    let lost = Members { parted: vec![(id("b"), "silent".into())], ..Members::default() };
+    let asked = Members { asked_here: true, ..Members::default() };
+    let person = Members { ends_the_run: true, ..leaving(&["b"]) };
+    let died = Ok(End::Died { step: Step(3), reason: String::new() });
+    for (end, members, kept, who) in [
+        (stopped(3, 3), leaving(&["b"]), true, &["me", "c"][..]),
+        (stopped(3, 3), lost, true, &["me", "c"]),
+        (stopped(3, 3), leaving(&[]), true, &["me", "b", "c"]),
+        (stopped(3, 3), asked, false, &["b", "c"]),
+        (stopped(3, 3), person, false, &[]),
+        // Not that very step, or not committed.
+        (stopped(3, 2), leaving(&["b"]), false, &[]),
+        (stopped(4, 4), leaving(&["b"]), false, &[]),
+        (died, leaving(&["b"]), false, &[]),
+    ] {
+        let case = format!("{end:?} {members:?}");
+        let Stage { mut plan, mut slots, reporter, .. } = Stage::new().await;
+        plan.upload.node = id("me");
+        plan.upload.members = ["me", "b", "c"].map(id).to_vec();
+        let (senders, _answers) = channels();
+        let workers = Workers::stopped(Step(3), &senders.workers);
+        let node = Node::begin(&plan, &mut slots, Crew { workers, regroups: false, keeps_state: false }).unwrap();
+        let ranks = |first| NodeRanks { first: Rank(first), workers: 1, world: WorldSize(3) };
+        let (to, mut sent) = mpsc::unbounded_channel();
+        let others = Others::of(vec![(id("b"), ranks(1)), (id("c"), ranks(2))], to);
+        let group = Group { leader: id("me"), members: plan.upload.members.iter().cloned().collect(), min: 1 };
+        let lead = Lead::begin(&plan, Instant::now(), node, (others, Some(group)), &reporter, senders);
+        let left = tokio::time::timeout(LIMIT, lead.end(&end, &members)).await.expect("it hangs").unwrap();
+        assert_eq!(stay(&mut sent), who, "{case}");
+        let left = left.and_then(|left| left.kept);
+        assert_eq!(left.is_some(), kept, "{case}");
+        // It began with nothing, so this generation has saved that step.
+        assert!(left.is_none_or(|kept| kept.at() == (Step(3), Generation(1))), "{case}");
     }
 }
 
@@ -265,7 +319,7 @@ async fn the_record_of_a_notice_is_waited_for_when_a_run_stops() {
     let note = Record::Notice { generation, source: "sigterm".into(), deadline_s: None, means: Means::Stop };
     assert!(lead.perform(all([Effect::Note(note)])).is_continue());
     let before = journal.state().next();
-    let _left = tokio::time::timeout(LIMIT, lead.end(&stopped(1, 1), false)).await.expect("it hangs");
+    let _left = tokio::time::timeout(LIMIT, lead.end(&stopped(1, 1), &Members::default())).await.expect("it hangs");
     assert_eq!(journal.state().next(), before + 1);
 }
 
@@ -316,7 +370,8 @@ async fn a_node_that_holds_the_checkpoint_says_so_and_lends_it_until_all_have_it
         let (senders, _answers) = channels();
         let (none, events) = (NodeRanks::alone(0), &senders.workers);
         let workers = Workers::start(&plan.workload, &plan.collectives, none, &slots.shared(), events).unwrap();
-        let mut node = Node::begin(&plan, &mut slots, workers).unwrap();
+        let crew = Crew { workers, regroups: false, keeps_state: false };
+        let mut node = Node::begin(&plan, &mut slots, crew).unwrap();
         let (done, mut heard) = mpsc::unbounded_channel();
         let incoming = node.load(done).unwrap();
         if alone {

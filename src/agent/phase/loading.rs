@@ -74,6 +74,7 @@ impl Loading {
                 // A node has read all of it in the store.
                 if let Load::Checkpoint { step, generation, from: Source::Store { .. } } = turn.shared.settings.load
                     && fetched.stored == fetched.bytes
+                    && fetched.bytes > 0
                 {
                     turn.does(Effect::Vouch { step, generation });
                 }

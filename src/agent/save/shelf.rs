@@ -6,6 +6,9 @@
 //! slots are given out to captures again, nobody needs them any more, and the shelf is cleared before that
 //! ([`Shelf::clear`]).
 //!
+//! A node that leaves puts what the others will lack onto its shelf for the generation that follows without it, and
+//! waits until they have read it ([`Shelf::is_read_by`]).
+//!
 //! # Invariants
 //! - Bytes of a slot are read under the shelf's lock alone, a frame at a time, into memory of the connection: no loan
 //!   of a slot outlives a frame, and when [`Shelf::clear`] returns, nobody reads a slot and nobody will. That copy
@@ -42,6 +45,8 @@ use crate::{
 const AT_ONCE: usize = 4;
 /// Bulk connections at once; whoever comes then reads the store.
 const CALLERS: usize = 256;
+/// How long a node that leaves waits for the others to ask: they form a generation without it first.
+const ASKING: Duration = Duration::from_secs(10);
 /// Those that wait to be taken.
 pub const WAITING: usize = 64;
 /// How long a node waits for the word that this one takes part in a generation; below [`OPENING`], so that it is told.
@@ -66,11 +71,21 @@ pub struct Shelf {
     lent: RwLock<Option<Lent>>,
     /// The newest generation for which something was put there.
     newest: watch::Sender<Generation>,
+    readers: watch::Sender<Readers>,
+}
+
+/// Who has read since something was put there last.
+#[derive(Debug, Default)]
+struct Readers {
+    /// Members that were told what is lent.
+    asked: BTreeSet<NodeId>,
+    /// Those of them whose connection has ended since.
+    ended: BTreeSet<NodeId>,
 }
 
 impl Default for Shelf {
     fn default() -> Self {
-        Self { lent: RwLock::default(), newest: watch::Sender::new(Generation(0)) }
+        Self { lent: RwLock::default(), newest: watch::Sender::new(Generation(0)), readers: watch::Sender::default() }
     }
 }
 
@@ -79,12 +94,25 @@ impl Shelf {
     pub fn put(&self, lent: Lent) {
         let generation = lent.wanted.generation;
         *self.lent.write().unwrap_or_else(PoisonError::into_inner) = Some(lent);
+        self.readers.send_replace(Readers::default());
         self.newest.send_replace(generation);
     }
 
     /// From now on nobody reads a slot.
     pub fn clear(&self) {
         *self.lent.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Until these nodes have read what they need here. Those that have not asked in a while are not waited for.
+    pub async fn is_read_by(&self, nodes: &BTreeSet<NodeId>) {
+        let mut readers = self.readers.subscribe();
+        let all_asked = readers.wait_for(|readers| nodes.is_subset(&readers.asked));
+        let _ = tokio::time::timeout(ASKING, all_asked).await;
+        let _ = readers.wait_for(|readers| readers.asked.is_subset(&readers.ended)).await;
+    }
+
+    fn has_ended(&self, node: &NodeId) {
+        self.readers.send_if_modified(|readers| readers.asked.contains(node) && readers.ended.insert(node.clone()));
     }
 
     async fn names_within(&self, limit: Duration, node: &NodeId, wanted: &Wanted) -> Result<Vec<String>, Refusal> {
@@ -131,7 +159,9 @@ impl Lent {
 
 impl Lends for Shelf {
     async fn names(&self, node: &NodeId, wanted: &Wanted) -> Result<Vec<String>, Refusal> {
-        self.names_within(JOINING, node, wanted).await
+        let names = self.names_within(JOINING, node, wanted).await?;
+        self.readers.send_if_modified(|readers| readers.asked.insert(node.clone()));
+        Ok(names)
     }
 
     fn may_read(&self, node: &NodeId, wanted: &Wanted, part: &Part) -> Result<(), Refusal> {
@@ -173,9 +203,10 @@ pub async fn serve(shelf: std::sync::Arc<Shelf>, mut callers: mpsc::Receiver<Cal
         let (shelf, turns) = (shelf.clone(), turns.clone());
         serving.spawn(async move {
             let node = caller.node().clone();
-            match caller.serve(&*shelf, &turns).await {
-                End::Closed => {}
-                end => tracing::debug!(%node, %end, "a node has stopped reading here"),
+            let end = caller.serve(&*shelf, &turns).await;
+            shelf.has_ended(&node);
+            if !matches!(end, End::Closed) {
+                tracing::debug!(%node, %end, "a node has stopped reading here");
             }
         });
     }
@@ -220,6 +251,14 @@ mod tests {
         shelf.copy(&node("b"), &wanted(), "f", 0, &mut bytes).unwrap();
         assert!(bytes.iter().zip(100_u32..).all(|(byte, at)| *byte == at as u8));
         assert!(!image.is_lent(), "no loan outlives a frame");
+        // Whoever waits for its readers waits for the end of their connections.
+        let readers = BTreeSet::from([node("b")]);
+        let mut waiting = std::pin::pin!(shelf.is_read_by(&readers));
+        assert!(futures::poll!(&mut waiting).is_pending());
+        shelf.has_ended(&node("c"));
+        assert!(futures::poll!(&mut waiting).is_pending());
+        shelf.has_ended(&node("b"));
+        waiting.await;
         for (who, what, part, refusal) in [
             ("c", wanted(), part("f", 0, 1), Refusal::Member),
             ("b", Wanted { generation: Generation(4), ..wanted() }, part("f", 0, 1), Refusal::Generation),

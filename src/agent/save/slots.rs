@@ -40,7 +40,9 @@
 //! [`Slots::end_generation`]. Aborting is not enough: an aborted task stops only at its next await, and a disk read
 //! runs to its end. [`Slots::end_generation`] therefore waits until no memory is lent any more. A slot whose old memory
 //! is still lent, or whose workers may still live, gets new memory: the old memory belongs to its writers, and is freed
-//! when they are gone.
+//! when they are gone. Workers that live on in the next generation ([`super::super::keep`]) count as gone: they have
+//! stopped, and write nothing before they have a new layout. Since they have the memory that they inherited, they are
+//! kept only while no slot gets another one ([`Slots::births`]).
 //!
 //! # Crash, retry, cancel
 //! The memory belongs to this process and disappears with it. Pages in use are never given back while it lives: workers
@@ -175,6 +177,8 @@ pub struct Slots {
     slots: Vec<Slot>,
     count: SlotCount,
     layout: Option<Layout>,
+    /// Counts the times that a slot has got other memory than the workers of before have.
+    births: u64,
     /// What other nodes may read of them.
     shelf: Arc<Shelf>,
 }
@@ -195,11 +199,12 @@ impl Slots {
     /// Empty slots.
     pub fn create(count: SlotCount) -> Result<Self> {
         let slots = count.numbers().map(Slot::create).collect::<Result<_>>()?;
-        Ok(Self { slots, count, layout: None, shelf: Arc::default() })
+        Ok(Self { slots, count, layout: None, births: 0, shelf: Arc::default() })
     }
 
     /// Between two generations: from now on there are this many. A slot that goes takes its content along.
     pub fn set_count(&mut self, count: SlotCount) -> Result<()> {
+        self.births += u64::from(count != self.count);
         self.slots.truncate(usize::from(count.get()));
         for number in count.numbers().skip(self.slots.len()) {
             self.slots.push(Slot::create(number)?);
@@ -211,6 +216,11 @@ impl Slots {
     /// How many there are.
     pub const fn count(&self) -> SlotCount {
         self.count
+    }
+
+    /// Workers have the memory that all slots have now if this number was the same when they started.
+    pub const fn births(&self) -> u64 {
+        self.births
     }
 
     /// The slots' memory, to be inherited by workers.
@@ -276,6 +286,7 @@ impl Slots {
             if slot.image.is_lent() || !workers_are_gone {
                 tracing::warn!("slot {number} gets new memory: the old one may still be written to");
                 *slot = Slot::create(number)?;
+                self.births += 1;
             }
         }
         Ok(())
@@ -343,6 +354,11 @@ impl Slots {
         if let Some(state) = self.slots.get_mut(usize::from(slot)) {
             state.held = files.map(|files| Held { step, generation, files, is_whole: true });
         }
+    }
+
+    /// The slot that holds files of this checkpoint, if one does.
+    pub fn holder(&self, step: Step, generation: Generation) -> Option<u8> {
+        (0..).zip(&self.slots).find(|(_, slot)| slot.holds(step, generation).is_some()).map(|(number, _)| number)
     }
 
     /// Where the files of this checkpoint lie, if a slot holds it whole: the slot, each file's first byte and length.

@@ -7,6 +7,7 @@
 //!   "ready".
 //! - [`roster`]: which of the nodes that are ready form it, and why the others don't; and whether to grow.
 //! - [`ending`]: whether a group that lost nodes goes on, waits or gives up.
+//! - [`growth`]: whether a group stops to take up nodes that wait.
 //!
 //! # How a generation is formed
 //! A node whose turn it is asks the others over the channel whether they are ready for generation G+1, and appends
@@ -21,6 +22,7 @@
 //! in), the numbers of generations.
 
 pub mod ending;
+pub mod growth;
 pub mod roster;
 pub mod single;
 pub mod succession;

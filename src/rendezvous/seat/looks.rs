@@ -169,7 +169,7 @@ impl<R: Rules> Seat<R> {
     }
 
     /// Nodes that live and are no members.
-    pub(super) fn outside(&self) -> impl Iterator<Item = &NodeId> {
+    pub fn outside(&self) -> impl Iterator<Item = &NodeId> {
         self.live.iter().filter(|node| !self.is_member(node) && !self.goes(node))
     }
 

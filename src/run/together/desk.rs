@@ -39,7 +39,7 @@ use crate::{
         heartbeat::{Group, State, Voice},
         membership::{Role, beat_every},
         peers::{PeerEvent, Peers},
-        policy::{Bounds, Roster},
+        policy::{Bounds, Roster, growth::Prospects},
         seat::Body,
     },
     storage::Store,
@@ -98,8 +98,8 @@ pub enum Tell {
     Leaving(BTreeSet<NodeId>),
     /// The answer to [`Call::Form`] and [`Call::StepDown`]: whether the record stands, if that is known.
     Appended(Option<bool>),
-    /// A save of the generation that this node leads is committed.
-    Saved,
+    /// A save of the generation that this node leads is committed, and what is to be expected of the group.
+    Saved(Prospects),
     /// How many saves in a row failed because of this node; 0: it is trusted again.
     Fails(u32),
     /// This node leads, and another one leads better; answered by [`Call::HandOver`] if it still leads.
@@ -144,6 +144,7 @@ impl Myself {
             program: self.program.clone(),
             unreachable,
             left,
+            puts_off: None,
         }
     }
 }

@@ -166,6 +166,7 @@ impl Runner {
 
     /// The other nodes that have lived since the checkpoint which a generation loads was written: their memory may have
     /// files of it. Each node begins with the one behind it in the roster, so that not all ask the same one first.
+    /// Those that have left may still be there for what they alone have.
     fn neighbours(&self, formed: &Formation) -> Option<Neighbours> {
         let (me, settings) = self.channel.clone()?;
         let since = formed.resume.as_ref()?.generation;
@@ -174,7 +175,12 @@ impl Runner {
         let lived: BTreeSet<&NodeId> = before.flat_map(|it| &it.roster).map(|entry| &entry.node).collect();
         let own = formed.roster.iter().position(|entry| entry.node == self.node)?;
         let (front, behind) = formed.roster.split_at(own);
-        let others = behind.iter().skip(1).chain(front).filter(|entry| lived.contains(&entry.node));
+        let has_left = |entry: &&RosterEntry| formed.roster.iter().all(|here| here.node != entry.node);
+        let wants = formed.reason != FormedReason::NodeLost && !self.resolved.workload.is_replicated();
+        let last = state.formations().iter().rev().find(|it| it.generation < formed.generation);
+        let last = last.filter(|last| wants && last.member(&self.node).is_some());
+        let left = last.iter().flat_map(|it| &it.roster).filter(has_left);
+        let others = behind.iter().skip(1).chain(front).chain(left).filter(|entry| lived.contains(&entry.node));
         let nodes: Vec<_> = others
             .filter_map(|entry| {
                 let address = entry.address.as_ref()?.parse().ok()?;

@@ -17,7 +17,7 @@
 //! # Invariants
 //! - A node follows a generation only after it has read that record itself.
 //! - Nothing is recorded for a generation that this node does not lead.
-//! - Workers of one generation are gone before those of the next start.
+//! - Workers of one generation are gone before those of the next start, or are those of the next.
 //! - A node that a newer generation left out comes back under a new id, with a new key.
 //!
 //! *Crash:* the others notice, and form anew. *Retry:* every loss leads to another formation, as the rendezvous's
@@ -25,6 +25,8 @@
 
 mod desk;
 mod forms;
+mod grows;
+mod kept;
 mod kind;
 mod read;
 mod seat;
@@ -36,6 +38,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use self::{
     desk::{Call, Desk, Myself, Route, Tell, Words},
+    grows::Change,
     trial::Trial,
 };
 use super::{
@@ -47,8 +50,9 @@ use crate::{
     agent::{
         blame::{self, Blame},
         follow::{self, Followed, Leader},
-        generation::{self, End, Left, Load, Stopped},
+        generation::{self, End, Left, Load, Plan, Stopped},
         group::{Company, ToLeader, ToMember},
+        keep::Kept,
     },
     error::{Error, Kind, Result},
     history,
@@ -95,6 +99,10 @@ struct Memory {
     trial: Trial,
     /// How this node's own workers have died.
     blame: Blame,
+    /// This node's workers of the last generation, which may go on in the next one.
+    kept: Option<Kept>,
+    /// What the last change of the group has cost.
+    change: Change,
 }
 
 impl Runner {
@@ -115,6 +123,8 @@ impl Runner {
             gone: BTreeMap::new(),
             trial: Trial::default(),
             blame: Blame::default(),
+            kept: None,
+            change: Change::default(),
         };
         let reporter = self.reporter.clone();
         let Some(seated) = or_notice(notices, &reporter, self.take_a_seat()).await else {
@@ -201,6 +211,7 @@ impl Runner {
                 }
                 After::LeftOut => {
                     drop(desk);
+                    memory.kept = None;
                     let Some(again) = or_notice(notices, &reporter, self.comes_back()).await else {
                         return self.leaves(memory.story.finished);
                     };
@@ -299,7 +310,7 @@ impl Runner {
         self.leaves(memory.story.finished)
     }
 
-    fn report_formed(&self, formed: &Formation, seating: &Seating, load: &Load) {
+    fn report_formed(&self, formed: &Formation, seating: &Seating, load: &Load, kept: Option<&Kept>) {
         let world_size = seating.ranks.world;
         let leader = formed.roster.first().map(|entry| &entry.node).filter(|node| **node != self.node);
         self.reporter.event(&Event::Counted(Box::new(history::counted(&self.journal.state()))));
@@ -312,6 +323,10 @@ impl Runner {
             nodes: Some(u32::try_from(formed.roster.len()).unwrap_or(u32::MAX)),
             leader: leader.map(ToString::to_string),
         });
+        if let Some(kept) = kept {
+            let workers = u32::try_from(kept.count()).unwrap_or(u32::MAX);
+            self.reporter.event(&Event::Kept { step: load.step(), workers, loads: !kept.keeps_state() });
+        }
     }
 
     /// Reads on until the journal says why a generation ended, or another one stands.
@@ -356,10 +371,10 @@ impl Runner {
             }
         };
         let reporter = self.reporter.clone();
-        let Some(load) = or_notice(notices, &reporter, self.in_own_memory(load)).await else {
+        let Some((load, kept)) = or_notice(notices, &reporter, self.with_kept(load, memory)).await else {
             return Ok(After::Over(self.leaves_between(memory, notices.left()).await?));
         };
-        self.report_formed(formed, &seating, &load);
+        self.report_formed(formed, &seating, &load, kept.as_ref());
         memory.story.finished = Some(load.step());
         memory.gone.clear();
         let (to_desk, heard) = mpsc::unbounded_channel();
@@ -368,13 +383,15 @@ impl Runner {
         let min = usize::try_from(self.options.nodes.min).unwrap_or(usize::MAX);
         let company = Company { others: seating.others.clone(), to, heard, saves, min };
         let tells = desk.voice();
-        tokio::spawn(post(saved, move |()| _ = tells.send(Tell::Saved)));
+        let change = memory.change;
+        let prospects = self.prospects(change);
+        tokio::spawn(post(saved, move |progressed| _ = tells.send(Tell::Saved(prospects(progressed)))));
         desk.tell(Tell::Route(Route::Lead(generation, to_desk)));
         let links = desk.links.clone();
         let post = tokio::spawn(post(sent, move |(node, words)| links.send(&node, generation, Words::ToMember(words))));
         notices.formed(&self.run, generation, &state.continued(generation));
         let doubted = memory.story.differed.is_some();
-        let plan = self.plan(generation, &load, Instant::now(), &seating, doubted);
+        let plan = Plan { kept, ..self.plan(generation, &load, Instant::now(), &seating, doubted) };
         if let Some(newest) = state.newest() {
             self.estimates.seed(&newest.committed);
         }
@@ -401,6 +418,8 @@ impl Runner {
         let members = std::mem::take(&mut left.members);
         memory.story.differed = members.differed;
         memory.blame = members.blame;
+        memory.kept = left.kept.take();
+        memory.change.ends(left.stepped, matches!(ended, Ok(End::Stopped(_))));
         let leaving =
             members.leaving.into_iter().map(|node| (node, (FormedReason::NodeLeft, "was told to leave".to_owned())));
         memory.gone.extend(leaving);
@@ -524,28 +543,30 @@ impl Runner {
             }
             let load = self.load_patiently(&formed).await?;
             Ok(match load {
-                Some(load) => Some(self.in_own_memory(load).await),
+                Some(load) => Some(self.with_kept(load, memory).await),
                 None => None,
             })
         };
         let Some(load) = or_notice(notices, &reporter, preparing).await else {
             return Ok(After::Over(self.leaves(memory.story.finished)?));
         };
-        let Some(load) = load? else { return Ok(After::Wait) };
+        let Some((load, kept)) = load? else { return Ok(After::Wait) };
         let seating = self.seating(&formed, me)?;
-        self.report_formed(&formed, &seating, &load);
+        self.report_formed(&formed, &seating, &load, kept.as_ref());
         let (to_desk, heard) = mpsc::unbounded_channel();
         let (to, sent) = mpsc::unbounded_channel::<ToLeader>();
         desk.tell(Tell::Route(Route::Follow(generation, leader.clone(), to_desk)));
         let links = desk.links.clone();
         let post = tokio::spawn(post(sent, move |words| links.send(&leader, generation, Words::ToLeader(words))));
-        let plan = self.plan(generation, &load, Instant::now(), &seating, false);
+        let plan = Plan { kept, ..self.plan(generation, &load, Instant::now(), &seating, false) };
         let leader = Leader { to, heard };
         memory.blame.begins(seating.others.len() >= usize::try_from(self.options.nodes.min).unwrap_or(usize::MAX));
         let (slots, pace) = (&mut self.slots, &mut self.estimates.pace);
         let followed = follow::run(plan, leader, slots, notices, &reporter, &mut memory.blame, pace).await;
         let _ = post.await;
-        let (outcome, step) = match followed? {
+        let (followed, kept) = followed?;
+        memory.kept = kept;
+        let (outcome, step) = match followed {
             Followed::Over { leaving: false, ends_the_run: false, hands_over, unfit, finished } => {
                 let reason = self.reads_the_reason(generation);
                 memory.story.finished = Some(finished);

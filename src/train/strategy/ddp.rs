@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::{
     Buckets, Layout, Peers, Stages, Strategy,
-    single::{Replica, Whole},
+    single::{Replica, Values, Whole},
 };
 use crate::{
     config::{OptimizerConfig, Precision},
@@ -24,6 +24,16 @@ pub(super) fn lay_out(
     precision: Precision,
 ) -> Result<(State, Box<dyn Layout>)> {
     let (state, replica) = Replica::lay_out(model, precision)?;
+    Ok((state, Box::new(Unconnected { replica, buckets })))
+}
+
+/// The same for another world, with the tensors of an earlier one.
+pub(super) fn lay_out_again(
+    model: &mut dyn Leaves,
+    values: Values,
+    buckets: Buckets,
+) -> Result<(State, Box<dyn Layout>)> {
+    let (state, replica) = Replica::lay_out_again(model, values)?;
     Ok((state, Box::new(Unconnected { replica, buckets })))
 }
 
@@ -85,5 +95,13 @@ impl Strategy for Ddp {
 
     fn zero_grad(&mut self) -> Result<(), TorchError> {
         self.whole.zero_grad()
+    }
+
+    fn release(self: Box<Self>) -> Option<Values> {
+        let Self { whole, reducer, group } = *self;
+        // It takes its hooks off the leaves, and keeps the group.
+        drop(reducer);
+        drop(group);
+        Some(whole.release())
     }
 }

@@ -16,6 +16,10 @@
 //! A strategy is made in two steps, because a worker says what its state is before it meets its peers: [`lay_out`]
 //! chooses and makes the tensors, [`Layout::connect`] makes what reduces and updates them.
 //!
+//! A rank may leave its peers between two steps and go on with others: [`Strategy::release`] gives back what it has,
+//! and [`lay_out_again`] lays the same tensors out for another world. Nothing is copied, so this is for strategies
+//! under which every rank has all of it: `single` and `ddp`.
+//!
 //! Invariants: the state changes in [`Strategy::step`] and, for weights that other ranks update, until
 //! [`Strategy::settle`] returns; a capture runs between `settle` and `step`, so nothing writes what a capture reads.
 //! All ranks call all of it in the same order. A world of one has nobody to share with and is `single`, whatever the
@@ -37,7 +41,7 @@ use std::{fmt, time::Duration};
 use tch::{Device, TchError, Tensor};
 
 pub(super) use self::shard::{rooms, stage_partition};
-pub use self::stages::Stages;
+pub use self::{single::Values, stages::Stages};
 use super::{optim::Brake, state::State};
 use crate::{
     config::{self, OptimizerConfig, ParallelConfig, Precision},
@@ -98,6 +102,12 @@ pub trait Strategy: Stages + fmt::Debug {
 
     /// Sets every gradient to zero, in place: whoever reduces them keeps pointing at them.
     fn zero_grad(&mut self) -> Result<(), TorchError>;
+
+    /// Leaves the peers, and gives back what this rank has; `None`: others have parts of the state. Call it between two
+    /// steps, when the last update has settled on every rank: then nothing of the peers' is in flight.
+    fn release(self: Box<Self>) -> Option<Values> {
+        None
+    }
 
     /// The `step`-th update of the run, from the reduced gradients. Returns the 2-norm of the whole gradient before
     /// clipping, as a scalar on the device: the caller chooses when to read it. The weights may be read after
@@ -188,6 +198,25 @@ fn choose(
         config::Strategy::Shard => shard::lay_out(model, precision, rank, world),
     });
     made.context("make the state")
+}
+
+/// Lays out for another world what [`Strategy::release`] has given back, of the same `model`: its weights and moments
+/// stay where they are. An error if ranks of that world have parts of the state.
+pub fn lay_out_again(
+    config: &ParallelConfig,
+    model: &mut dyn Leaves,
+    values: Values,
+    world: WorldSize,
+) -> Result<(State, Box<dyn Layout>)> {
+    let buckets = Buckets::of(config.bucket_mib);
+    let made = tch::no_grad(|| match config.strategy {
+        _ if world.get() <= 1 => single::lay_out_again(model, values),
+        config::Strategy::Ddp => ddp::lay_out_again(model, values, buckets),
+        config::Strategy::Zero1 | config::Strategy::Shard => {
+            Err(Error::new(Kind::Bug, "a state of which each rank has a part is loaded"))
+        }
+    });
+    made.context("make the state for another world")
 }
 
 /// Buckets so small that a tiny model has many.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tch::{Kind, Tensor};
 
-use super::{Layout, Peers, Stages, Strategy, leaves};
+use super::{Layout, Peers, Stages, Strategy, leaves, replace_trained};
 use crate::{
     config::{OptimizerConfig, Precision},
     error::Result,
@@ -26,16 +26,39 @@ pub(super) fn lay_out(model: &mut dyn Leaves, precision: Precision) -> Result<(S
     Ok((state, Box::new(replica)))
 }
 
-/// Every trained parameter, whole, in the order of the model's: its leaf, its fp32 values and its moments.
+/// The same for another world, with the tensors of an earlier one.
+pub(super) fn lay_out_again(model: &mut dyn Leaves, values: Values) -> Result<(State, Box<dyn Layout>)> {
+    let (state, replica) = Replica::lay_out_again(model, values)?;
+    Ok((state, Box::new(replica)))
+}
+
+/// What an update reads and writes of every trained parameter, whole, in the order of the model's: fp32 values and
+/// moments.
 #[derive(Debug)]
-pub(super) struct Replica {
-    pub leaves: Vec<Tensor>,
+pub struct Values {
     /// What is updated: the leaves' own values, or those that `copies` are rounded from.
     weights: Vec<Tensor>,
     /// With bf16, what the model computes with.
     copies: Vec<Tensor>,
     exp_avgs: Vec<Tensor>,
     exp_avg_sqs: Vec<Tensor>,
+}
+
+impl Values {
+    /// Other handles to the same tensors.
+    fn share(&self) -> Self {
+        let share = |tensors: &[Tensor]| tensors.iter().map(Tensor::shallow_clone).collect();
+        let [weights, copies, exp_avgs, exp_avg_sqs] =
+            [&self.weights, &self.copies, &self.exp_avgs, &self.exp_avg_sqs].map(|tensors| share(tensors));
+        Self { weights, copies, exp_avgs, exp_avg_sqs }
+    }
+}
+
+/// Every trained parameter, in the order of the model's: its leaf, and its values.
+#[derive(Debug)]
+pub(super) struct Replica {
+    pub leaves: Vec<Tensor>,
+    values: Values,
 }
 
 impl Replica {
@@ -47,25 +70,43 @@ impl Replica {
         let copies = if rounds { compute_with_copies(model)? } else { Vec::new() };
         let zeros = || torch::tch_result("make moments", weights.iter().map(Tensor::f_zeros_like).collect());
         let (exp_avgs, exp_avg_sqs): (Vec<Tensor>, Vec<Tensor>) = (zeros()?, zeros()?);
+        Self::of(model, Values { weights, copies, exp_avgs, exp_avg_sqs })
+    }
+
+    /// With the values of an earlier world. The leaves are new ones that share their memory: gradients, and whoever
+    /// reduced them, stay behind, as if the values had been loaded.
+    pub fn lay_out_again(model: &mut dyn Leaves, values: Values) -> Result<(State, Self)> {
+        let (precision, views) = match values.copies.as_slice() {
+            [] => (Precision::Fp32, &values.weights),
+            _ => (Precision::Bf16, &values.copies),
+        };
+        replace_trained(model, precision, views.iter().map(Tensor::shallow_clone))?;
+        Self::of(model, values)
+    }
+
+    fn of(model: &dyn Leaves, values: Values) -> Result<(State, Self)> {
+        let Values { weights, copies, exp_avgs, exp_avg_sqs } = &values;
         let mut rows = vec![
             Row { role: Role::Weight, tensors: Tensors::OfModel },
-            Row { role: Role::ExpAvg, tensors: Tensors::Whole(&exp_avgs) },
-            Row { role: Role::ExpAvgSq, tensors: Tensors::Whole(&exp_avg_sqs) },
+            Row { role: Role::ExpAvg, tensors: Tensors::Whole(exp_avgs) },
+            Row { role: Role::ExpAvgSq, tensors: Tensors::Whole(exp_avg_sqs) },
         ];
-        if rounds {
-            rows.push(Row { role: Role::Master, tensors: Tensors::Whole(&weights) });
+        if !copies.is_empty() {
+            rows.push(Row { role: Role::Master, tensors: Tensors::Whole(weights) });
         }
         let state = State::new(model, &rows)?;
-        Ok((state, Self { leaves: leaves(model), weights, copies, exp_avgs, exp_avg_sqs }))
+        Ok((state, Self { leaves: leaves(model), values }))
     }
 
     /// Ready to train. Call it after the reducer, if there is one, is made: it decides where gradients are in memory.
     pub fn start(self) -> Result<Whole, TorchError> {
         torch::zero_gradients(&self.leaves)?;
         let gradients = torch::gradients(&self.leaves)?;
-        let rounded = self.copies.into_iter().zip(self.weights.iter().map(Tensor::shallow_clone)).collect();
-        let moments = self.exp_avgs.into_iter().zip(self.exp_avg_sqs);
-        let slots = self.weights.into_iter().zip(&gradients).zip(moments);
+        let kept = self.values.share();
+        let Values { weights, copies, exp_avgs, exp_avg_sqs } = self.values;
+        let rounded = copies.into_iter().zip(weights.iter().map(Tensor::shallow_clone)).collect();
+        let moments = exp_avgs.into_iter().zip(exp_avg_sqs);
+        let slots = weights.into_iter().zip(&gradients).zip(moments);
         let slots = slots.map(|((weight, gradient), (exp_avg, exp_avg_sq))| Slot {
             decays: weight.dim() >= 2,
             weight,
@@ -74,7 +115,7 @@ impl Replica {
             exp_avg_sq,
         });
         let update = Update::new(slots.collect());
-        Ok(Whole { leaves: self.leaves, gradients, update, rounded })
+        Ok(Whole { leaves: self.leaves, gradients, update, rounded, kept })
     }
 }
 
@@ -117,6 +158,8 @@ pub(super) struct Whole {
     update: Update,
     /// Copies to compute with, and the fp32 weights that are rounded into them.
     rounded: Vec<(Tensor, Tensor)>,
+    /// The same tensors, for another world.
+    kept: Values,
 }
 
 impl Whole {
@@ -140,6 +183,11 @@ impl Whole {
 
     pub fn zero_grad(&self) -> Result<(), TorchError> {
         torch::zero_gradients(&self.leaves)
+    }
+
+    /// All that is worth keeping: gradients are zero between two steps.
+    pub fn release(self) -> Values {
+        self.kept
     }
 }
 
@@ -182,6 +230,10 @@ impl Strategy for Single {
     fn zero_grad(&mut self) -> Result<(), TorchError> {
         self.0.zero_grad()
     }
+
+    fn release(self: Box<Self>) -> Option<Values> {
+        Some(self.0.release())
+    }
 }
 
 #[cfg(test)]
@@ -215,7 +267,7 @@ mod tests {
     fn train(model: &mut dyn Model, layout: Precision) -> (Vec<f64>, Vec<Vec<f32>>) {
         tch::set_num_threads(1);
         let replica = Replica::lay_out(model, layout).unwrap().1;
-        let weights: Vec<Tensor> = replica.weights.iter().map(Tensor::shallow_clone).collect();
+        let weights: Vec<Tensor> = replica.values.weights.iter().map(Tensor::shallow_clone).collect();
         let mut single = Single(replica.start().unwrap());
         let optimizer = OptimizerConfig { lr: 1e-2, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 0.5 };
         let (mut losses, mut brake) = (Vec::new(), Brake::new());

@@ -20,9 +20,11 @@ use crate::{
     rendezvous::{
         channel::End,
         heartbeat::{Group, State, Voice},
+        membership::Role,
         peers::{self, PeerEvent, Peers},
         policy::{
-            Member, Roster,
+            Bounds, Member, Roster,
+            growth::{self, Later, Prospects},
             roster::{Formation, Place, Why},
         },
         seat::{Body, Input, Me, Output, Seat, Sound},
@@ -58,7 +60,8 @@ pub(super) async fn run(
         post: Post::default(),
         led,
         regrouped: None,
-        mixed: bounds.mixed,
+        puts_off: None,
+        bounds,
     };
     work.run(first, heard, told, given).await;
 }
@@ -81,8 +84,10 @@ struct Work {
     led: watch::Sender<Instant>,
     /// The generation that has been asked to end because nodes wait to join.
     regrouped: Option<Generation>,
-    /// Nodes of several kinds may be one group.
-    mixed: bool,
+    /// Why nodes that wait don't join now.
+    puts_off: Option<Later>,
+    /// The operator's settings.
+    bounds: Bounds,
 }
 
 impl Work {
@@ -143,7 +148,7 @@ impl Work {
         }
         let is_new = self.known.get(node).is_none() && !group.left;
         let leads = self.post.leads();
-        let differs = !self.mixed && group.kind != self.me.kind;
+        let differs = !self.bounds.mixed && group.kind != self.me.kind;
         // Before there is a leader, each says so of the other: nobody knows yet who stays outside.
         let concerns = leads || group.state == State::Leader || !self.seat.is_led();
         if is_new && differs && concerns {
@@ -211,7 +216,11 @@ impl Work {
                 self.give(Input::Appended { stands });
                 self.give(Input::Journal(Vec::new()));
             }
-            Tell::Saved => self.give(Input::Saved),
+            Tell::Saved(prospects) => {
+                if self.takes_up_others(&prospects) {
+                    self.give(Input::Saved);
+                }
+            }
             Tell::Fails(saves) => self.give(Input::Fails { saves }),
             Tell::HandOver(why) => self.give(Input::HandOver { why }),
             Tell::Route(route) => {
@@ -224,6 +233,26 @@ impl Work {
                 self.give(Input::Busy(false));
             }
         }
+    }
+
+    /// Whether nodes that wait may join now. If not, this node's heartbeat says why.
+    fn takes_up_others(&mut self, prospects: &Prospects) -> bool {
+        let Some(roster) = self.seat.newest() else { return true };
+        let room = usize::try_from(self.bounds.max).unwrap_or(usize::MAX).saturating_sub(roster.members.len());
+        let waiting = self.seat.outside().filter_map(|node| self.known.get(node));
+        let fits = waiting.filter(|group| self.bounds.mixed || group.kind == self.me.kind);
+        let more: u64 = fits.take(room).map(|group| u64::from(group.workers)).sum();
+        let grows = if more == 0 { Ok(()) } else { growth::grow(roster.workers(), more, prospects) };
+        let why = grows.as_ref().err().map(|(why, _)| *why);
+        if self.puts_off != why {
+            self.puts_off = why;
+            if let Err((_, figures)) = &grows {
+                tracing::info!("nodes that wait join later: {figures}");
+            }
+            let group = self.me.group(Role::Leader, self.is_local, Vec::new(), false);
+            self.says.say(Group { puts_off: why.map(|why| why.to_string()), ..group });
+        }
+        grows.is_ok()
     }
 
     /// What has happened to a generation while the runner prepared its part of it.
@@ -271,6 +300,7 @@ impl Work {
     fn perform_one(&mut self, output: Output) {
         match output {
             Output::Say { role, left } => {
+                self.puts_off = None;
                 let group = self.me.group(role, self.is_local, Vec::new(), left);
                 self.says.say(group);
             }

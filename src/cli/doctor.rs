@@ -45,7 +45,7 @@ pub struct Doctor {
     run_id: Option<RunId>,
     #[command(flatten)]
     workers: WorkersArg,
-    /// The memory of each GPU that the run is to have, such as 24GiB [default: that of this machine's, or of the type's]
+    /// The memory of each GPU that the run is to have, such as 24GiB [default: this machine's, or the type's]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     gpu_memory: Option<u64>,
     #[command(flatten)]

@@ -299,8 +299,8 @@ impl Plan {
         tokens * (kept * e + exact * FLOAT) + rounded + self.attention(layer, arithmetic, extents)
     }
 
-    /// What attention keeps: queries, keys and values, its result, and its sums in fp32. LibTorch's kernels share heads,
-    /// but for some of a GPU: see `decoder/attention.rs`.
+    /// What attention keeps: queries, keys and values, its result, and its sums in fp32. LibTorch's kernels share
+    /// heads, but for some of a GPU: see `decoder/attention.rs`.
     fn attention(&self, layer: usize, arithmetic: Arithmetic, extents: Extents) -> u64 {
         let Arithmetic { precision, on_gpu, .. } = arithmetic;
         let (config, e) = (&self.decoder, width(precision));

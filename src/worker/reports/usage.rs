@@ -46,8 +46,8 @@ impl Gauge {
     }
 }
 
-/// Bytes of this process in the host's memory, now and at most. Figures for people: without them (0), a worker trains as
-/// well.
+/// Bytes of this process in the host's memory, now and at most. Figures for people: without them (0), a worker trains
+/// as well.
 pub(in crate::worker) fn host() -> (u64, u64) {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     (field(&status, "VmRSS:"), field(&status, "VmHWM:"))

@@ -178,8 +178,9 @@ fn text(state: &RunState, account: &Account, bill: Option<&Bill>, prediction: Op
         text.push_str(&human::plain(&line));
         text.push('\n');
     };
+    line(String::new());
     line(format!(
-        "\n{} count, {} lost or thrown away",
+        "{} count, {} lost or thrown away",
         human::plural(account.useful_steps, "step"),
         human::plural(account.lost_steps, "step")
     ));

@@ -343,8 +343,8 @@ fn bill_of(html: &mut Html, account: &Account, bill: &Bill) {
                 ),
             ]);
             if let Some(saving) = saving {
-                let what = "1 less what was spent over what it would have cost on machines that stay; stalls by saves are \
-                            in both";
+                let what = "1 less what was spent over what it would have cost on machines that stay; stalls by saves \
+                            are in both";
                 rows.push(vec!["saving".to_owned(), format!("{:.1} %", 100.0 * saving), what.to_owned()]);
             }
         }

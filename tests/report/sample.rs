@@ -103,8 +103,8 @@ fn drained(generation: Generation, step: Step, committed: Step) -> Record {
     }
 }
 
-/// Writes the run into a store: its machines are taken away `interruptions` times. Every fourth vanishes without a word,
-/// every seventh loses steps though it was warned.
+/// Writes the run into a store: its machines are taken away `interruptions` times. Every fourth vanishes without a
+/// word, every seventh loses steps though it was warned.
 pub fn write(store: &Path, sample: Sample) {
     let Sample { name, interruptions, steps, every } = sample;
     let folder = store.join(name);

@@ -37,7 +37,8 @@ Examples:
   trainer report --run-id first --out report.html --price-per-hour 0.35 --on-demand-price-per-hour 1.01
   trainer report --run-id first --json | jq .account.parts
 
-A table of prices is TOML or JSON, in US dollars an hour: [machines.\"g6.xlarge\"], then spot = 0.35, on_demand = 0.81.")]
+A table of prices is TOML or JSON, in US dollars an hour:
+[machines.\"g6.xlarge\"], then spot = 0.35 and on_demand = 0.81")]
 pub struct ReportPage {
     #[command(flatten)]
     pub(super) run: RunArg,

@@ -44,6 +44,7 @@ mod protocol_model;
 mod protocol_random;
 mod real_model;
 mod rendezvous_sim;
+mod report;
 mod rules;
 mod shard;
 mod simulate;

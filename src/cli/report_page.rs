@@ -37,7 +37,8 @@ Examples:
   trainer report --run-id first --out report.html --price-per-hour 0.35 --on-demand-price-per-hour 1.01
   trainer report --run-id first --json | jq .account.parts
 
-A table of prices is TOML or JSON: [machines.\"g6.xlarge\"], then spot = 0.35 and on_demand = 0.81, US dollars an hour.")]
+A table of prices is TOML or JSON, in US dollars an hour:
+[machines.\"g6.xlarge\"], then spot = 0.35 and on_demand = 0.81")]
 pub struct ReportPage {
     #[command(flatten)]
     pub(super) run: RunArg,
@@ -178,8 +179,9 @@ fn text(state: &RunState, account: &Account, bill: Option<&Bill>, prediction: Op
         text.push_str(&human::plain(&line));
         text.push('\n');
     };
+    line(String::new());
     line(format!(
-        "\n{} count, {} lost or thrown away",
+        "{} count, {} lost or thrown away",
         human::plural(account.useful_steps, "step"),
         human::plural(account.lost_steps, "step")
     ));

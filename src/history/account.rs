@@ -1,16 +1,16 @@
 //! Where the time of a run went: every second from its creation to its last sign of life has exactly one name. Pure.
 //!
-//! The journal's records say when a generation was formed, which steps its saves hold and how it ended. The time between
-//! them is cut into stretches that follow each other without a gap. Figures of steps, if they are given, say more: how
-//! long the steps before the first save took, and which steps a machine did before it vanished.
+//! The journal's records say when a generation was formed, which steps its saves hold and how it ended. The time
+//! between them is cut into stretches that follow each other without a gap. Figures of steps, if they are given, say
+//! more: how long the steps before the first save took, and which steps a machine did before it vanished.
 //!
 //! # Clocks
 //! Durations within a generation are those of a monotonic clock, where its saves recorded them. All else are stamps of
 //! wall clocks, which may be wrong by half a century when a machine starts. So:
 //! - A stamp from before this program existed or from the future says nothing, unless all are so.
 //! - A generation began when most of its records say that it did.
-//! - Generations follow each other in the order of the journal. If stamps disagree with that order, the largest set that
-//!   agrees counts, and the others are placed right behind what came before them.
+//! - Generations follow each other in the order of the journal. If stamps disagree with that order, the largest set
+//!   that agrees counts, and the others are placed right behind what came before them.
 //! - Without a monotonic clock a duration counts only as far as the steps done in it account for it.
 //!
 //! Each such correction is told in [`Account::notes`].

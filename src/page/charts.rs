@@ -311,7 +311,7 @@ pub(super) fn lives(account: &Account) -> Option<Html> {
             }
             for (index, machine) in machines.iter().take(shown).enumerate() {
                 let top = frame.top + row * (index + 1) as f64;
-                text(html, "row end", (left - 8.0, top + 12.0), &short(machine.node, if narrow { 11 } else { 21 }));
+                text(html, "row end", (left - 8.0, top + 12.0), &short(machine.node, if narrow { 9 } else { 19 }));
                 // Neighbours that no eye can part are one bar.
                 let mut merged: Vec<(f64, f64)> = Vec::new();
                 for (from, to) in machine.lives.iter().map(|(from, to)| (x.at(from / unit_s), x.at(to / unit_s))) {

@@ -25,8 +25,10 @@ use crate::{
 
 /// The most interruptions that are told; the newest.
 const MOST_EPISODES: usize = 300;
-/// The most checkpoints and machines that are listed; the newest.
+/// The most machines and other lines that are listed; the newest.
 const MOST_ROWS: usize = 100;
+/// The most checkpoints that are listed; `trainer checkpoints` has all.
+const MOST_CHECKPOINTS: usize = 20;
 /// Rows of the table beside a curve.
 const CURVE_ROWS: usize = 21;
 
@@ -341,8 +343,8 @@ fn bill_of(html: &mut Html, account: &Account, bill: &Bill) {
                 ),
             ]);
             if let Some(saving) = saving {
-                let what = "1 less what was spent over what it would have cost on machines that stay; stalls by saves are \
-                            in both";
+                let what = "1 less what was spent over what it would have cost on machines that stay; stalls by saves \
+                            are in both";
                 rows.push(vec!["saving".to_owned(), format!("{:.1} %", 100.0 * saving), what.to_owned()]);
             }
         }
@@ -413,7 +415,7 @@ pub(super) fn checkpoints(input: &Input<'_>) -> Html {
             usd(history::monthly_cost(input.state, bytes)),
         ),
     );
-    let rows = all.iter().rev().take(MOST_ROWS).map(|checkpoint| {
+    let rows = all.iter().rev().take(MOST_CHECKPOINTS).map(|checkpoint| {
         let Checkpoint { committed, at, status, damage } = Checkpoint::from(checkpoint);
         vec![
             committed.step.to_string(),
@@ -424,7 +426,7 @@ pub(super) fn checkpoints(input: &Input<'_>) -> Html {
             when(at),
         ]
     });
-    let shown = all.len().min(MOST_ROWS);
+    let shown = all.len().min(MOST_CHECKPOINTS);
     let caption = format!("The newest {shown} of {}", all.len());
     html.table(&caption, &["Step", ">Generation", ">Size", ">Durable after", "Status", "Committed at"], rows);
     html

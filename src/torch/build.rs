@@ -12,7 +12,7 @@ use std::{
 /// The LibTorch that `tch` 0.24 is made for; the shim uses this version's class layouts.
 const TORCH_VERSION: &str = "2.11.0";
 
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 10] = [
     "defaults.cpp",
     "group.cpp",
     "math.cpp",
@@ -22,6 +22,7 @@ const SOURCES: [&str; 9] = [
     "clock.cpp",
     "transfer.cpp",
     "signals.cpp",
+    "words.cpp",
 ];
 
 /// The levels of instructions that `kernels.cpp` is compiled for: the name of its table, and the compiler's flags.

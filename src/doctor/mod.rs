@@ -14,6 +14,7 @@ mod fabric;
 mod metadata;
 mod named;
 mod nodes;
+mod shared;
 #[cfg(test)]
 mod testing;
 mod verdict;
@@ -218,7 +219,8 @@ async fn libtorch(wanted: Device) -> Vec<Line> {
     let build = if cfg!(torch_cuda) { "with CUDA" } else { "for CPUs" };
     match looked {
         Ok(Ok(found)) => {
-            vec![Line::ok("libtorch", format!("loaded, built {build}")), verdict::devices(&found)]
+            let lines = [Line::ok("libtorch", format!("loaded, built {build}")), verdict::devices(&found)];
+            lines.into_iter().chain(shared::look(found.usable)).collect()
         }
         Ok(Err(error)) => vec![Line::error("libtorch", &error)],
         Err(_) => {

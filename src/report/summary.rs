@@ -57,6 +57,7 @@ impl Summary {
             | Event::FoundDead { .. }
             | Event::Standby { .. }
             | Event::Restored { .. }
+            | Event::FirstStep { .. }
             | Event::Notice { .. }
             | Event::Drain { .. }
             | Event::NoProgress { .. }

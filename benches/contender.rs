@@ -115,7 +115,8 @@ pub fn round(
     let mut figures = Figures::of_training(&trained, task.tokens_per_step(), cpu);
     // This comes before the restore, which takes the run back to an earlier step.
     look(&trained, &folder)?;
-    let restored = lab::observe(prepare(restore)?, Some("step")).with_context(said)?;
+    let until = if contender.who == Who::Trainer { "first_step" } else { "step" };
+    let restored = lab::observe(prepare(restore)?, Some(until)).with_context(said)?;
     figures.add_restore(&restored);
     fs::remove_dir_all(&folder)?;
     Ok(figures)

@@ -37,10 +37,15 @@ pub struct Figures {
     pub peak_memory_mb: Option<f64>,
     pub restore_s: Option<f64>,
     pub fetch_s: Option<f64>,
+    pub built_s: Option<f64>,
+    pub load_s: Option<f64>,
+    pub compare_s: Option<f64>,
     pub restore_mb_s: Option<f64>,
     pub first_step_s: Option<f64>,
     pub restore_memory_mb: Option<f64>,
     pub server_cpu_s_gb: Option<f64>,
+    /// Of the processors of this machine, while a checkpoint is on its way to the server.
+    pub server_share_percent: Option<f64>,
     pub bare_up_mb_s: Option<f64>,
     pub bare_down_mb_s: Option<f64>,
     pub alone_up_mb_s: Option<f64>,
@@ -122,6 +127,9 @@ impl Figures {
         let of =
             |value: fn(&Save) -> Option<f64>| median(&saves.iter().filter_map(|save| value(save)).collect::<Vec<_>>());
         let tokens = tokens_per_step as f64;
+        let upload_mb_s = of(|save| Some(save.bytes / save.durable_s / 1e6));
+        let server_cpu_s_gb = server_cpu_s.filter(|_| written > 0.0).map(|cpu| cpu / (written / 1e9));
+        let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
         Self {
             stall_ms: of(|save| Some(save.stall_s * 1e3)),
             copy_ms: of(|save| save.copy_s.map(|copy| copy * 1e3)),
@@ -132,12 +140,13 @@ impl Figures {
                 .filter(|_| !busy.is_empty())
                 .map(|step| ((busy_s - stalls) / (step * busy.len() as f64) - 1.0) * 100.0),
             durable_s: of(|save| Some(save.durable_s)),
-            upload_mb_s: of(|save| Some(save.bytes / save.durable_s / 1e6)),
+            upload_mb_s,
             step_ms: step_s.map(|step| step * 1e3),
             quiet_tokens_s: step_s.map(|step| tokens / step),
             tokens_s: (trained > 0.0).then(|| tokens * count as f64 / trained),
             peak_memory_mb: Some(life.peak_memory_bytes as f64 / 1e6),
-            server_cpu_s_gb: server_cpu_s.filter(|_| written > 0.0).map(|cpu| cpu / (written / 1e9)),
+            server_cpu_s_gb,
+            server_share_percent: share(server_cpu_s_gb.zip(upload_mb_s).map(|(cpu, up)| cpu * up / 1e3), Some(cores)),
             checkpoints: saves.len(),
             bytes: all.first().map_or(0, |save| save.bytes as u64),
             ..Self::default()
@@ -151,6 +160,10 @@ impl Figures {
             self.fetch_s = restored.event["fetch_s"].as_f64();
             let bytes = restored.event["bytes"].as_f64();
             self.restore_mb_s = bytes.zip(self.restore_s).map(|(bytes, took)| bytes / took / 1e6);
+        }
+        if let Some(start) = life.of("first_step").next() {
+            let part = |name: &str| start.event[name].as_f64();
+            (self.built_s, self.load_s, self.compare_s) = (part("built_s"), part("load_s"), part("compare_s"));
         }
         self.first_step_s = life.of("step").next().map(|heard| heard.at_s);
         self.restore_memory_mb = Some(life.peak_memory_bytes as f64 / 1e6);
@@ -206,11 +219,15 @@ const fn alone(name: &'static str, value: fn(&Figures) -> Option<f64>) -> Metric
 }
 
 /// All of them, in the order of the tables.
-pub const METRICS: [Metric; 22] = [
+pub const METRICS: [Metric; 26] = [
     Metric { target: "≤ 1/10 of DCP's 500", ..less("stall a checkpoint, ms", |f| f.stall_ms, 3) },
     less("copy, ms", |f| f.copy_ms, 0),
     Metric {
         target: "≤ 5 %", compare: Compare::Points, ..less("step-time inflation, %", |f| f.inflation_percent, 1)
+    },
+    Metric {
+        compare: Compare::No,
+        ..less("the S3 server's share of the processors meanwhile, %", |f| f.server_share_percent, 1)
     },
     less("all that a checkpoint costs the loop, ms", |f| f.lost_ms, 0),
     less("durable after, s", |f| f.durable_s, 2),
@@ -218,6 +235,9 @@ pub const METRICS: [Metric; 22] = [
     alone("upload beside training, % of the fastest client", |f| share(f.upload_mb_s, f.bare_up_mb_s)),
     less("restore, s", |f| f.restore_s, 2),
     less("of which fetched and checked, s", |f| f.fetch_s, 2),
+    less("beside that, until workers had built their models, s", |f| f.built_s, 2),
+    less("of which copied into tensors, s", |f| f.load_s, 2),
+    less("of which ranks compared, s", |f| f.compare_s, 2),
     more("restore, MB/s", |f| f.restore_mb_s, 0),
     alone("restore, % of the fastest client", |f| share(f.restore_mb_s, f.bare_down_mb_s)),
     Metric { target: "≤ 10 s", ..less("process start to first step after a restore, s", |f| f.first_step_s, 1) },

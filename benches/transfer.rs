@@ -3,7 +3,8 @@
 //! One process moves an image of shared memory up and down; the S3 server is a separate process, so that the CPU time
 //! counted here is the client's alone. *bare* is the least work possible at the same concurrency and part size: uploads
 //! without a checksum, and downloads that discard every byte. A figure near *bare* can improve only in the HTTP stack
-//! itself.
+//! itself. *keeping* is a bare client that copies what it downloads to its place and sums it there, as a restore must:
+//! between it and *bare* lies what that costs this machine's processors and memory.
 
 use std::{io::Write, os::unix::fs::FileExt, path::Path, sync::Arc, time::Instant};
 
@@ -18,7 +19,7 @@ use object_store::{
 use trainer::{
     checkpoint::restore::{RemoteFile, fetch, plan_pieces},
     snapshot::image::{Mapping, SharedImage},
-    storage::Store,
+    storage::{Crc64, Store},
 };
 
 use super::{Result, contender::Place, figures::median, lab, s3};
@@ -39,6 +40,8 @@ pub struct Task {
 pub enum Client {
     Trainer,
     Bare,
+    /// As bare, but what it downloads is kept and summed: the least that a restore has to do. It uploads as bare does.
+    Keeping,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +66,7 @@ pub fn run(task: Task, scratch: &Path) -> Result<()> {
         .into_iter()
         .flat_map(|place| [Client::Trainer, Client::Bare].map(|client| (place, client)))
         .flat_map(|(place, client)| [Way::Up, Way::Down].map(|way| (place, client, way)))
+        .chain([(Place::S3, Client::Keeping, Way::Down)])
         .collect();
     let mut figures: Vec<Vec<(f64, f64)>> = vec![Vec::new(); rows.len()];
     // The first round warms connections and pages, and is not counted.
@@ -133,10 +137,13 @@ impl Field {
             match (client, way, place) {
                 (Client::Trainer, Way::Up, _) => measured(task, put(store, bodies)).await,
                 (Client::Trainer, Way::Down, _) => measured(task, take(store, bodies, target, task)).await,
-                (Client::Bare, Way::Up, Place::S3) => measured(task, bare_put(bare, bodies, task)).await,
+                (Client::Keeping, Way::Down, Place::S3) => measured(task, keep(bare, target, task)).await,
+                (Client::Bare | Client::Keeping, Way::Up, Place::S3) => {
+                    measured(task, bare_put(bare, bodies, task)).await
+                }
                 (Client::Bare, Way::Down, Place::S3) => measured(task, bare_take(bare, task)).await,
-                (Client::Bare, Way::Up, Place::Disk) => measured(task, bare_write(folder, bodies)).await,
-                (Client::Bare, Way::Down, Place::Disk) => measured(task, bare_read(folder, task)).await,
+                (_, Way::Up, Place::Disk) => measured(task, bare_write(folder, bodies)).await,
+                (_, Way::Down, Place::Disk) => measured(task, bare_read(folder, task)).await,
             }
         })
     }
@@ -172,7 +179,7 @@ fn image(len: u64, seed: Option<u64>) -> Result<Mapping> {
     let image = SharedImage::create("bench")?;
     image.grow(len)?;
     let mapping = image.map()?;
-    mapping.prefault(0..len)?;
+    mapping.prefault(0..len, 1)?;
     let whole = 0..len;
     if let (Some(mut state), Some(chunk)) = (seed, mapping.chunks(std::slice::from_ref(&whole))?.first_mut()) {
         for word in chunk.as_mut().chunks_exact_mut(8) {
@@ -272,6 +279,36 @@ async fn bare_take(client: &Arc<AmazonS3>, task: &Task) -> Result<()> {
         }
     });
     stream::iter(gets).buffer_unordered(task.concurrency as usize).try_collect().await
+}
+
+/// Reads everything into its place and sums it there, as it comes.
+async fn keep(client: &Arc<AmazonS3>, target: &Mapping, task: &Task) -> Result<()> {
+    let (len, part) = (task.mib << 20, u64::from(task.part_mib) << 20);
+    let ranges: Vec<(usize, std::ops::Range<u64>)> =
+        (0..FILES).flat_map(|i| (0..len.div_ceil(part)).map(move |n| (i, n * part..len.min((n + 1) * part)))).collect();
+    let places: Vec<_> = ranges.iter().map(|(i, at)| *i as u64 * len + at.start..*i as u64 * len + at.end).collect();
+    let gets = ranges.into_iter().zip(target.chunks(&places)?).map(|((i, range), mut place)| {
+        let client = client.clone();
+        async move {
+            tokio::spawn(async move {
+                let path = object_store::path::Path::from(format!("bare/{}", name(i)));
+                let options = GetOptions { range: Some(GetRange::Bounded(range)), ..GetOptions::default() };
+                let mut chunks = client.get_opts(&path, options).await?.into_stream();
+                let (mut left, mut sum) = (place.as_mut(), Crc64::EMPTY);
+                while let Some(chunk) = chunks.next().await {
+                    let chunk = chunk?;
+                    let (here, rest) = std::mem::take(&mut left)
+                        .split_at_mut_checked(chunk.len())
+                        .context("more bytes than asked for")?;
+                    let next = Crc64::of_copy(&chunk, here).context("a chunk of another length")?;
+                    (sum, left) = (sum.followed_by(next, chunk.len() as u64), rest);
+                }
+                Ok::<_, anyhow::Error>(sum)
+            })
+            .await?
+        }
+    });
+    stream::iter(gets).buffer_unordered(task.concurrency as usize).try_collect::<Vec<_>>().await.map(drop)
 }
 
 /// One file per thread, written in order through the page cache, synced, and renamed into place.

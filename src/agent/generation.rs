@@ -356,6 +356,7 @@ pub async fn run(
         doubted: start.doubted,
         finishing: if hasty { HASTY } else { FINISHING },
         first_step: pace::least(),
+        invited: began.saturating_duration_since(start.upload.formed),
     };
     let group = company.as_ref().map(|company| {
         let leader = start.upload.node.clone();

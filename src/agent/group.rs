@@ -647,7 +647,12 @@ mod tests {
     #[test]
     fn a_node_speaks_for_its_own_ranks_alone_and_a_stranger_for_none() {
         let mut rig = rig();
-        let ready = |rank| WorkerEvent::Message(Rank(rank), FromWorker::Ready { fingerprint: None });
+        let ready = |rank| {
+            WorkerEvent::Message(
+                Rank(rank),
+                FromWorker::Ready { fingerprint: None, split: crate::protocol::StartSplit::default() },
+            )
+        };
         let all = || ToLeader::Workers((0..5).map(ready).collect());
         let ranks = |events: Vec<Event>| -> Vec<Rank> {
             let rank = |event| match event {

@@ -214,6 +214,8 @@ pub struct Settings {
     pub finishing: Duration,
     /// How long ranks of several nodes wait for each other in their first step, at least.
     pub first_step: Duration,
+    /// From the `formed` record until this node's workers were started.
+    pub invited: Duration,
 }
 
 /// A generation's state. Each phase owns the data that is valid in it alone.

@@ -15,6 +15,7 @@ mod memory;
 mod metadata;
 mod named;
 mod nodes;
+mod shared;
 #[cfg(test)]
 mod testing;
 mod verdict;
@@ -230,7 +231,8 @@ async fn libtorch(wanted: Device) -> (Vec<Line>, Option<Gpu>) {
     let build = if cfg!(torch_cuda) { "with CUDA" } else { "for CPUs" };
     match tokio::task::spawn_blocking(look).await {
         Ok(Ok((found, gpu))) => {
-            (vec![Line::ok("libtorch", format!("loaded, built {build}")), verdict::devices(&found)], gpu)
+            let lines = [Line::ok("libtorch", format!("loaded, built {build}")), verdict::devices(&found)];
+            (lines.into_iter().chain(shared::look(found.usable)).collect(), gpu)
         }
         Ok(Err(error)) => (vec![Line::error("libtorch", &error)], None),
         Err(_) => {

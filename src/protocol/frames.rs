@@ -47,7 +47,7 @@ pub fn read_message<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Opt
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{FromWorker, StepReport},
+        super::{FromWorker, StartSplit, StepReport},
         *,
     };
     use crate::ids::Step;
@@ -65,7 +65,8 @@ mod tests {
         let mut wire = Vec::new();
         let mut buffer = Vec::new();
         write_message(&mut wire, &FromWorker::Step(report), &mut buffer).unwrap();
-        write_message(&mut wire, &FromWorker::Ready { fingerprint: None }, &mut buffer).unwrap();
+        write_message(&mut wire, &FromWorker::Ready { fingerprint: None, split: StartSplit::default() }, &mut buffer)
+            .unwrap();
         let mut wire = wire.as_slice();
         let Some(FromWorker::Step(back)) = read_message(&mut wire).unwrap() else { panic!("not a step") };
         assert!(back.loss.is_nan() && back.grad_norm.is_infinite() && back.step == Step(3));

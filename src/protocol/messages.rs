@@ -150,6 +150,9 @@ pub enum FromWorker {
         /// Of what all ranks have; `None`: there is one rank.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         fingerprint: Option<Fingerprint>,
+        /// What its start was spent on.
+        #[serde(default)]
+        split: StartSplit,
     },
     /// Held; this step is the last one started.
     Frozen {
@@ -262,6 +265,36 @@ pub struct Split {
     pub capture_s: f64,
     /// The gradient's norm, the update, and the exchange of weights as far as somebody waits for it.
     pub optimizer_s: f64,
+}
+
+/// What the start of a worker was spent on, seconds. What is missing to the time from its process to `Ready` was spent
+/// on its libraries and its data, or waiting for its agent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StartSplit {
+    /// Making the model and the optimizer's state.
+    pub model_s: f64,
+    /// Making the process group, from the word where it meets to the end of the first collective.
+    pub group_s: f64,
+    /// Mapping the slots; on a GPU with taking and pinning their memory.
+    pub slots_s: f64,
+    /// Copying the state into tensors.
+    pub load_s: f64,
+    /// The fingerprint of what all ranks have.
+    pub compare_s: f64,
+}
+
+impl StartSplit {
+    /// The longer time of each part.
+    #[must_use]
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            model_s: self.model_s.max(other.model_s),
+            group_s: self.group_s.max(other.group_s),
+            slots_s: self.slots_s.max(other.slots_s),
+            load_s: self.load_s.max(other.load_s),
+            compare_s: self.compare_s.max(other.compare_s),
+        }
+    }
 }
 
 /// What a rank has and uses.

@@ -17,6 +17,6 @@ mod messages;
 
 pub use frames::{MAX_MESSAGE, read_message, write_message};
 pub use messages::{
-    Assignment, BASE_FD, DeviceUsage, FromWorker, HeldOutSum, SLOT_FDS, SaveOrder, Split, StepReport, ToWorker, Usage,
-    WORKER_SUBCOMMAND,
+    Assignment, BASE_FD, DeviceUsage, FromWorker, HeldOutSum, SLOT_FDS, SaveOrder, Split, StartSplit, StepReport,
+    ToWorker, Usage, WORKER_SUBCOMMAND,
 };

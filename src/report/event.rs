@@ -66,6 +66,33 @@ pub struct Counted {
     pub worker_restarts: u64,
 }
 
+/// What the time from a `formed` record to the end of the first step was spent on, seconds; of the slowest rank or node.
+/// Workers start, build and meet while the state is fetched, so the parts overlap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct StartParts {
+    /// From the record until this node's workers were started: nodes are told of it meanwhile.
+    pub invite_s: f64,
+    /// From there until every worker had built its model: processes, libraries, data, and the model.
+    pub built_s: f64,
+    /// Of that, making the model and the optimizer's state.
+    pub model_s: f64,
+    /// Making the process group.
+    pub group_s: f64,
+    /// Mapping the slots; on a GPU with taking and pinning their memory.
+    pub slots_s: f64,
+    /// Fetching and verifying the state; absent: there was none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fetch_s: Option<f64>,
+    /// Copying it into tensors.
+    pub load_s: f64,
+    /// Comparing what all ranks have.
+    pub compare_s: f64,
+    /// From the word to go to the end of the first step.
+    pub step_s: f64,
+    /// From the record to the end of the first step.
+    pub total_s: f64,
+}
+
 /// One event. Serialised, it is one line of `--json`: fields may be added, never renamed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -197,6 +224,16 @@ pub enum Event {
         /// The same: the most that any of them read from the store.
         #[serde(skip_serializing_if = "Option::is_none")]
         store_bytes: Option<u64>,
+    },
+    /// The first step of a group is finished.
+    FirstStep {
+        /// The step.
+        step: Step,
+        /// The group.
+        generation: Generation,
+        /// What the time since its `formed` record was spent on.
+        #[serde(flatten)]
+        parts: Box<StartParts>,
     },
     /// This machine goes away or is likely to, or this run is asked to stop.
     Notice {

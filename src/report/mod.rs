@@ -23,7 +23,7 @@ use std::{
     time::Instant,
 };
 
-pub use event::{Counted, Event, Memory, Spent};
+pub use event::{Counted, Event, Memory, Spent, StartParts};
 pub use screen::{LOG_VARIABLE, Screen, init_logging};
 use summary::Summary;
 use views::{Bars, Lines};
@@ -230,6 +230,20 @@ mod tests {
                 store_bytes: None,
             },
             step(5, 5.432_198_7),
+            Event::FirstStep {
+                step: Step(5),
+                generation: Generation(2),
+                parts: Box::new(StartParts {
+                    invite_s: 0.125,
+                    built_s: 0.5,
+                    model_s: 0.25,
+                    fetch_s: Some(0.25),
+                    load_s: 0.0625,
+                    step_s: 1.0,
+                    total_s: 2.5,
+                    ..StartParts::default()
+                }),
+            },
             step(6, 0.1 + 0.2),
             step(7, f64::NAN),
             Event::Validation { step: Step(6), loss: 5.5, sources: [("code".to_owned(), 2.5)].into() },
@@ -290,6 +304,7 @@ mod tests {
 {"event":"kept","step":4,"workers":2,"loads":false}
 {"event":"restored","step":4,"bytes":10,"fetch_s":0.25,"restore_s":0.5,"from":"memory"}
 {"event":"step","step":5,"loss":5.4321987,"lr":0.0003,"grad_norm":1.5,"tokens":2560,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
+{"event":"first_step","step":5,"generation":2,"invite_s":0.125,"built_s":0.5,"model_s":0.25,"group_s":0.0,"slots_s":0.0,"fetch_s":0.25,"load_s":0.0625,"compare_s":0.0,"step_s":1.0,"total_s":2.5}
 {"event":"step","step":6,"loss":0.30000000000000004,"lr":0.0003,"grad_norm":1.5,"tokens":3072,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
 {"event":"step","step":7,"loss":null,"lr":0.0003,"grad_norm":1.5,"tokens":3584,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
 {"event":"validation","step":6,"loss":5.5,"sources":{"code":2.5}}

@@ -58,6 +58,7 @@ impl Summary {
             | Event::Standby { .. }
             | Event::Kept { .. }
             | Event::Restored { .. }
+            | Event::FirstStep { .. }
             | Event::Notice { .. }
             | Event::Drain { .. }
             | Event::NoProgress { .. }

@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{Event, Screen, human};
 use crate::ids::Step;
@@ -105,6 +105,14 @@ impl Lines {
                 fetch = %human::seconds(*fetch_s),
                 restore = %human::seconds(*restore_s),
                 "state of step {step} is loaded",
+            ),
+            Event::FirstStep { step, generation, parts } => debug!(
+                %generation,
+                built = %human::seconds(parts.built_s),
+                load = %human::seconds(parts.load_s),
+                step = %human::seconds(parts.step_s),
+                "step {step}, the first of its group, ended {} after the group was formed",
+                human::seconds(parts.total_s),
             ),
             Event::Notice { source, deadline_s, means, binding } => {
                 let source = human::plain(source);
@@ -263,6 +271,7 @@ impl Bars {
             | Event::Standby { .. }
             | Event::Kept { .. }
             | Event::Restored { .. }
+            | Event::FirstStep { .. }
             | Event::Notice { .. }
             | Event::Drain { .. }
             | Event::NoProgress { .. }

@@ -28,8 +28,12 @@ use super::{
 };
 use crate::{
     error::{Context, Error, Kind, Result},
+    threads::give_way,
     torch::{Clock, CopyJob, CopyTicket, HostCopier, Pinned, TorchError},
 };
+
+/// The most threads that take the memory of one slot: they share the kernel's lock of the file.
+const FAULTERS: usize = 8;
 
 /// One slot, as far as this rank writes into it.
 #[derive(Debug)]
@@ -50,6 +54,8 @@ pub struct Capture {
     running: Option<Running>,
     /// Two marks around what the compute stream waits for; made when it first does.
     clock: Option<Clock>,
+    /// Slots whose memory is not taken yet, and the pages in which this rank writes.
+    cold: (Vec<SharedImage>, Vec<Range<u64>>),
 }
 
 /// A capture under way.
@@ -72,8 +78,8 @@ struct Source {
 }
 
 impl Capture {
-    /// For what `copies` give to this rank, out of `tensors` (the list that the plan was made from). Takes the memory
-    /// of its ranges at once (and pins it for a GPU), so that the first capture is as fast as the others.
+    /// For what `copies` give to this rank, out of `tensors` (the list that the plan was made from). For a GPU the
+    /// memory of its ranges is taken and pinned; on a CPU [`Capture::takes_memory`] does that later.
     pub fn new(copies: &[SlotCopy], slots: &[SharedImage], tensors: &[Tensor], copier: HostCopier) -> Result<Self> {
         // A tensor without elements is in its file's header alone.
         let mut copies: Vec<&SlotCopy> = copies.iter().filter(|copy| copy.len > 0).collect();
@@ -94,10 +100,37 @@ impl Capture {
             parts.push(Source { tensor, range, offset: offset - ranges[range].start, len });
         }
         let pages = pages_of(&ranges, page_size());
-        let slots = slots.iter().zip(0..);
-        let open = |(slot, number)| open(slot, &ranges, &pages).context(format!("map slot {number}"));
-        let slots = slots.map(open).collect::<Result<_>>()?;
-        Ok(Self { copier, brisk: None, slots, parts, running: None, clock: None })
+        let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error);
+        let at_once = !copier.is_yielding();
+        let cold = if at_once {
+            Vec::new()
+        } else {
+            slots.iter().map(SharedImage::try_clone).collect::<std::io::Result<_>>().map_err(memory)?
+        };
+        let open = |(slot, number)| open(slot, &ranges, &pages, at_once).context(format!("map slot {number}"));
+        let slots = slots.iter().zip(0..).map(open).collect::<Result<_>>()?;
+        Ok(Self { copier, brisk: None, slots, parts, running: None, clock: None, cold: (cold, pages) })
+    }
+
+    /// Takes the memory of its ranges, if that was left for later, so that the first captures are as fast as the
+    /// others: beside the caller, on a thread that yields to all others. While a state is loaded there are better uses
+    /// for the cores, and for the memory. A capture that comes before takes what it writes to.
+    pub fn takes_memory(&mut self) {
+        let (images, pages) = std::mem::take(&mut self.cold);
+        if images.is_empty() {
+            return;
+        }
+        let take = move || {
+            give_way();
+            let mut taken =
+                images.iter().flat_map(|image| pages.iter().map(move |pages| image.allocate(pages.clone())));
+            if let Some(error) = taken.find_map(std::io::Result::err) {
+                tracing::warn!(%error, "the memory of a slot was not taken before its first snapshot");
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("slot-memory".into()).spawn(take) {
+            tracing::debug!(%error, "no thread takes the memory of the slots");
+        }
     }
 
     /// Starts copying the state as it is now into `slot`. `done` is called with the copy time, on a copy thread. The
@@ -171,11 +204,15 @@ fn pages_of(ranges: &[Range<u64>], page: u64) -> Vec<Range<u64>> {
     pages
 }
 
-fn open(slot: &SharedImage, ranges: &[Range<u64>], pages: &[Range<u64>]) -> Result<Slot> {
+/// `at_once`: its memory is taken now.
+fn open(slot: &SharedImage, ranges: &[Range<u64>], pages: &[Range<u64>], at_once: bool) -> Result<Slot> {
     let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error);
     let mapping = slot.map().map_err(memory)?;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(FAULTERS);
     let pin = |pages: &Range<u64>| -> Result<Pinned<Pages>> {
-        mapping.prefault(pages.clone()).map_err(memory)?;
+        if at_once {
+            mapping.prefault(pages.clone(), threads).map_err(memory)?;
+        }
         Ok(Pinned::new(mapping.pages(pages.clone()).map_err(memory)?))
     };
     let pinned = pages.iter().map(pin).collect::<Result<_>>()?;
@@ -321,6 +358,32 @@ mod tests {
         capture.start(0, false, |_| ()).unwrap();
         assert!(!capture.release().unwrap());
         assert!(capture.wait().unwrap().is_some());
+    }
+
+    #[test]
+    fn memory_is_taken_at_once_for_a_gpu_and_later_on_a_cpu() {
+        let len = 4 << 20;
+        let tensors = [Tensor::ones([len / 4], (tch::Kind::Float, tch::Device::Cpu))];
+        let copies = [SlotCopy { tensor: 0, offset: 4096, len: len as u64 }];
+        for yields in [false, true] {
+            let slots = ["first", "second"].map(|name| SharedImage::create(name).unwrap());
+            slots.iter().for_each(|slot| slot.grow(len as u64 + 8192).unwrap());
+            // Loans of its own, as in a process of its own.
+            let inherited = slots.each_ref().map(|slot| SharedImage::inherited(slot.try_clone().unwrap().into()));
+            let mut capture = Capture::new(&copies, &inherited, &tensors, HostCopier::new(1, yields).unwrap()).unwrap();
+            let is_taken = || slots.iter().all(|slot| rustix::fs::fstat(slot).unwrap().st_blocks * 512 >= len);
+            assert_eq!(is_taken(), !yields);
+            for _ in 0..2 {
+                capture.takes_memory();
+            }
+            while !is_taken() {
+                std::thread::yield_now();
+            }
+            capture.start(1, false, |_| ()).unwrap();
+            capture.wait().unwrap();
+            let bytes = slots[1].map().unwrap().bytes(4096..4096 + len as u64).unwrap();
+            assert!(bytes.chunks(4).all(|bytes| bytes == 1_f32.to_le_bytes()));
+        }
     }
 
     #[test]

@@ -20,15 +20,18 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc,
-        atomic::{AtomicIsize, Ordering},
+        atomic::{AtomicIsize, AtomicUsize, Ordering},
     },
 };
 
 use bytes::Bytes;
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{FallocateFlags, MemfdFlags};
 
-use crate::torch::Mapped;
+use crate::{threads::together, torch::Mapped};
+
+/// Bytes whose pages are allocated by one call: during a prefault the process can neither map nor unmap memory.
+const FAULTED: usize = 4 << 20;
 
 /// The loans of an image's bytes in this process: as many for reading as it is above zero, as many for writing as it is
 /// below.
@@ -80,6 +83,18 @@ impl SharedImage {
     pub fn grow(&self, len: u64) -> io::Result<()> {
         if self.size()? < len {
             rustix::fs::ftruncate(&self.fd, len)?;
+        }
+        Ok(())
+    }
+
+    /// Allocates the memory of `range`, whoever maps it; its content stays. Unlike [`Mapping::prefault`], this may be
+    /// done by a thread that yields: the process can map and unmap memory meanwhile.
+    pub fn allocate(&self, range: Range<u64>) -> io::Result<()> {
+        let mut start = range.start;
+        while start < range.end {
+            let len = (range.end - start).min(FAULTED as u64);
+            rustix::fs::fallocate(&self.fd, FallocateFlags::KEEP_SIZE, start, len)?;
+            start += len;
         }
         Ok(())
     }
@@ -156,18 +171,28 @@ impl Mapping {
         self.shared.len == 0
     }
 
-    /// Allocates every page of `range` now, so that the first capture does not stop for page faults. The pages' content
-    /// stays.
-    pub fn prefault(&self, range: Range<u64>) -> io::Result<()> {
+    /// Allocates every page of `range` now, on at most `threads` threads, so that the first capture does not stop for
+    /// page faults. The pages' content stays.
+    pub fn prefault(&self, range: Range<u64>, threads: usize) -> io::Result<()> {
         let (offset, len) = self.check(&range)?;
-        match &self.shared.raw {
-            Some(raw) => match raw.advise_range(memmap2::Advice::PopulateWrite, offset, len) {
-                // Kernels before 5.14 do not know the advice: there only the first capture is slower.
-                Err(error) if error.raw_os_error() == Some(22) => Ok(()),
-                result => result,
-            },
-            None => Ok(()),
-        }
+        let Some(raw) = &self.shared.raw else { return Ok(()) };
+        let (pieces, next) = (len.div_ceil(FAULTED), AtomicUsize::new(0));
+        let fault = || -> io::Result<()> {
+            loop {
+                let begin = next.fetch_add(1, Ordering::Relaxed).saturating_mul(FAULTED);
+                if begin >= len {
+                    return Ok(());
+                }
+                match raw.advise_range(memmap2::Advice::PopulateWrite, offset + begin, FAULTED.min(len - begin)) {
+                    // Kernels before 5.14 do not know the advice: there only the first capture is slower.
+                    Err(error) if error.raw_os_error() == Some(22) => return Ok(()),
+                    result => result?,
+                }
+            }
+        };
+        let ended = together(threads.min(pieces).max(1), fault);
+        // These threads do nothing that panics.
+        ended.into_iter().try_for_each(|ended| ended.unwrap_or(Ok(())))
     }
 
     fn check(&self, range: &Range<u64>) -> io::Result<(usize, usize)> {
@@ -290,7 +315,7 @@ mod tests {
         image.grow(8192).unwrap();
         image.grow(10).unwrap();
         let (worker, agent) = (image.map().unwrap(), image.try_clone().unwrap().map().unwrap());
-        worker.prefault(0..8192).unwrap();
+        worker.prefault(0..8192, 1).unwrap();
         let mut chunks = worker.chunks(&[0..100, 4096..8192]).unwrap();
         assert!(worker.bytes(0..1).is_err(), "read while lent for writing");
         assert!(worker.chunks(&[0..1]).is_err(), "lent twice");
@@ -313,6 +338,50 @@ mod tests {
         drop(part);
         assert!(!image.is_lent());
         assert!(agent.chunks(&[0..1]).is_ok());
+    }
+
+    /// Pages of the image that this process has mapped, by the kernel's count.
+    fn mapped_pages(mapping: &Mapping) -> usize {
+        let start = mapping.shared.pointer() as usize;
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&format!("{start:x}-")));
+        let size = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        size.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024 / page_size() as usize
+    }
+
+    #[test]
+    fn every_page_of_a_range_is_allocated_once_and_keeps_its_bytes() {
+        for threads in [0, 1, 3] {
+            let page = page_size() as usize;
+            let image = SharedImage::create("test").unwrap();
+            let len = 3 * FAULTED + 5 * page;
+            image.grow(len as u64).unwrap();
+            let map = image.map().unwrap();
+            map.chunks(&[9..10]).unwrap()[0].as_mut()[0] = 7;
+            // A kernel may give a large page for one byte.
+            assert!(mapped_pages(&map) < len / page);
+            map.prefault(0..len as u64, threads).unwrap();
+            assert_eq!(mapped_pages(&map), len / page, "{threads} threads");
+            let bytes = map.bytes(0..len as u64).unwrap();
+            assert!(bytes[9] == 7 && bytes.iter().filter(|byte| **byte != 0).count() == 1);
+            assert!(map.prefault(0..len as u64 + 1, threads).is_err());
+        }
+    }
+
+    #[test]
+    fn memory_is_allocated_before_it_is_touched_and_keeps_its_bytes() {
+        let allocated = |image: &SharedImage| rustix::fs::fstat(&image.fd).unwrap().st_blocks as u64 * 512;
+        let page = page_size();
+        let (image, len) = (SharedImage::create("test").unwrap(), 2 * FAULTED as u64 + 3 * page);
+        image.grow(len).unwrap();
+        image.map().unwrap().chunks(&[page..page + 1]).unwrap()[0].as_mut()[0] = 7;
+        assert!(allocated(&image) < len);
+        image.allocate(page..len).unwrap();
+        assert!(allocated(&image) >= len - page, "{} of {len}", allocated(&image));
+        image.allocate(0..0).unwrap();
+        let bytes = image.map().unwrap().bytes(0..len).unwrap();
+        assert!(bytes[page as usize] == 7 && bytes.iter().filter(|byte| **byte != 0).count() == 1);
+        assert_eq!(image.size().unwrap(), len);
     }
 
     #[test]

@@ -5,13 +5,16 @@
 //! region, which a redirect and a failed HEAD give in their headers. Here an answer from another region gets a body
 //! that says so in S3's words, by which [`super::retry`] classifies it.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use object_store::{
     ClientConfigKey, ClientOptions,
-    client::{HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService},
+    client::{HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService},
 };
 use reqwest::{Client, StatusCode, redirect};
 
@@ -25,44 +28,77 @@ const CONNECT: Duration = Duration::from_secs(5);
 const CONNECT_NEAR: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(30);
 
-/// Makes connections for requests that are signed for a region; `None`: for stores without regions.
+/// Makes connections for requests that are signed for a region; `None`: for stores without regions. All that one of
+/// these makes share their connections.
 #[derive(Clone, Debug)]
 pub(super) struct Connector {
-    pub region: Option<String>,
+    region: Option<String>,
+    /// Those that insist on TLS, and those that do not.
+    clients: Arc<[Clients; 2]>,
+}
+
+impl Connector {
+    pub(super) fn new(region: Option<String>) -> Self {
+        Self { region, clients: Arc::default() }
+    }
+}
+
+/// Clients are made when they are first needed: each reads all certificates of the machine, if it may need one, which
+/// takes some ten milliseconds.
+#[derive(Debug, Default)]
+struct Clients {
+    proxied: OnceLock<Client>,
+    straight: OnceLock<Client>,
+}
+
+impl Clients {
+    /// `plain`: connections may be without TLS; `only_plain`: all of them are.
+    fn client(&self, straight: bool, plain: bool, only_plain: bool) -> Result<Client, reqwest::Error> {
+        let place = if straight { &self.straight } else { &self.proxied };
+        if let Some(client) = place.get() {
+            return Ok(client.clone());
+        }
+        let builder = Client::builder()
+            .user_agent(concat!("trainer/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(if straight { CONNECT_NEAR } else { CONNECT })
+            .pool_idle_timeout(IDLE)
+            .redirect(redirect::Policy::none())
+            .http1_only()
+            // An announced length is the object's.
+            .no_gzip()
+            .no_brotli()
+            .no_zstd()
+            .no_deflate()
+            .https_only(!plain);
+        let builder = if only_plain { builder.tls_certs_only([]) } else { builder };
+        let made = if straight { builder.no_proxy() } else { builder }.build()?;
+        Ok(place.get_or_init(|| made).clone())
+    }
 }
 
 #[derive(Debug)]
 struct Lines {
     region: Option<String>,
-    proxied: Client,
-    straight: Client,
+    clients: Arc<[Clients; 2]>,
+    plain: bool,
+}
+
+impl Lines {
+    fn client(&self, straight: bool) -> Result<Client, reqwest::Error> {
+        // Clients of S3 reach its one endpoint; those of other clouds may be sent elsewhere for a token.
+        let only_plain = self.plain && self.region.is_some();
+        self.clients[usize::from(self.plain)].client(straight, self.plain, only_plain)
+    }
 }
 
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let plain = options.get_config_value(&ClientConfigKey::AllowHttp).is_some_and(|allowed| allowed == "true");
-        let client = |limit| {
-            Client::builder()
-                .user_agent(concat!("trainer/", env!("CARGO_PKG_VERSION")))
-                .connect_timeout(limit)
-                .pool_idle_timeout(IDLE)
-                .redirect(redirect::Policy::none())
-                .http1_only()
-                // An announced length is the object's.
-                .no_gzip()
-                .no_brotli()
-                .no_zstd()
-                .no_deflate()
-                .https_only(!plain)
-        };
-        let build = |builder: reqwest::ClientBuilder| {
-            builder.build().map_err(|error| object_store::Error::Generic { store: "HTTP", source: Box::new(error) })
-        };
-        Ok(HttpClient::new(Lines {
-            region: self.region.clone(),
-            proxied: build(client(CONNECT))?,
-            straight: build(client(CONNECT_NEAR).no_proxy())?,
-        }))
+        let lines = Lines { region: self.region.clone(), clients: Arc::clone(&self.clients), plain };
+        // Only this machine is reached without TLS, and never through a proxy. A client that can't be made is reported
+        // here, not by the first request.
+        lines.client(plain).map_err(|error| object_store::Error::Generic { store: "HTTP", source: Box::new(error) })?;
+        Ok(HttpClient::new(lines))
     }
 }
 
@@ -70,7 +106,7 @@ impl HttpConnector for Connector {
 impl HttpService for Lines {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let straight = request.uri().host().is_some_and(direct::is_asked_straight);
-        let client = if straight { &self.straight } else { &self.proxied };
+        let client = self.client(straight).map_err(|error| HttpError::new(HttpErrorKind::Unknown, error))?;
         let answer = client.call(request).await?;
         let status = answer.status();
         if self.region.is_none() || status.is_success() || status == StatusCode::NOT_MODIFIED {
@@ -115,6 +151,22 @@ fn elsewhere(status: StatusCode, ours: Option<&str>, theirs: Option<&str>) -> Op
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_client_is_made_once_and_only_if_it_is_needed() {
+        let connector = Connector::new(None);
+        let made = || {
+            let made = |clients: &Clients| [clients.proxied.get().is_some(), clients.straight.get().is_some()];
+            connector.clients.each_ref().map(made)
+        };
+        assert_eq!(made(), [[false; 2]; 2]);
+        for _ in 0..2 {
+            connector.clone().connect(&ClientOptions::new()).unwrap();
+            assert_eq!(made(), [[true, false], [false; 2]], "a store elsewhere");
+        }
+        connector.connect(&ClientOptions::new().with_allow_http(true)).unwrap();
+        assert_eq!(made(), [[true, false], [false, true]], "a store in this machine");
+    }
 
     #[test]
     fn an_answer_from_another_region_says_which() {

@@ -325,7 +325,7 @@ fn s3(bucket: &str, settings: &StorageConfig, environment: &[(String, String)]) 
         .with_unsigned_payload(true);
     let own = own_requests(&builder, settings)?;
     let region = place.region.clone();
-    let connector = Connector { region: Some(region.clone()) };
+    let connector = Connector::new(Some(region.clone()));
     let mut builder = builder.with_http_connector(connector.clone());
     if !has_keys && !is_on(environment, "AWS_SKIP_SIGNATURE") {
         builder = builder.with_region(&region).with_credentials(Chain::of_this_process(&region));
@@ -425,7 +425,7 @@ fn own_requests(builder: &AmazonS3Builder, settings: &StorageConfig) -> Result<O
 macro_rules! opened {
     ($builder:expr, $plain_http:expr) => {
         $builder
-            .with_http_connector(Connector { region: None })
+            .with_http_connector(Connector::new(None))
             .with_client_options(client_options($plain_http))
             .with_retry(no_retries())
             .build()

@@ -12,7 +12,7 @@ use std::{
 /// The LibTorch that `tch` 0.24 is made for; the shim uses this version's class layouts.
 const TORCH_VERSION: &str = "2.11.0";
 
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 13] = [
     "defaults.cpp",
     "group.cpp",
     "math.cpp",
@@ -25,6 +25,7 @@ const SOURCES: [&str; 12] = [
     "memory.cpp",
     "transfer.cpp",
     "signals.cpp",
+    "words.cpp",
 ];
 
 /// The levels of instructions that `kernels.cpp` is compiled for: the name of its table, and the compiler's flags.

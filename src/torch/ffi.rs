@@ -72,6 +72,7 @@ unsafe extern "C" {
         weight_decay: f64,
         grad_scale: *const AtTensor,
     ) -> i32;
+    pub(super) fn trn_row_sums(words: *const AtTensor, numbers: *const AtTensor, out: *mut *mut AtTensor) -> i32;
     pub(super) fn trn_norm(tensors: *const *const AtTensor, count: usize, out: *mut *mut AtTensor) -> i32;
     pub(super) fn trn_zero_gradients(params: *const *const AtTensor, count: usize) -> i32;
     pub(super) fn trn_gradient(param: *const AtTensor, out: *mut *mut AtTensor) -> i32;

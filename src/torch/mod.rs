@@ -29,6 +29,7 @@ mod reducer;
 mod runtime;
 mod signals;
 mod transfer;
+mod words;
 
 use crate::{
     error::{Explain, Kind},
@@ -50,6 +51,7 @@ pub use runtime::{
 };
 pub use signals::release_signals;
 pub use transfer::{Readback, pinned, telling, upload};
+pub use words::row_sums;
 
 /// Shorthand for this module's results.
 pub type Result<T, E = TorchError> = std::result::Result<T, E>;

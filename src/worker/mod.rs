@@ -179,6 +179,8 @@ impl Worker {
                 self.report()?;
             }
             self.done = step;
+            // A step has used all the memory that steps use, and the state is loaded everywhere.
+            self.capture.takes_memory();
             if self.training.evaluation_is_due(step) {
                 let begin = Instant::now();
                 self.report()?;

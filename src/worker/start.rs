@@ -13,7 +13,12 @@
 //!
 //! *Crash, error:* nothing has been changed that lasts. The agent starts the whole group again.
 
-use std::{fs::File, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    fs::File,
+    net::SocketAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 
@@ -31,7 +36,7 @@ use crate::{
     error::{Context, Error, Kind, Result},
     faults::{self, At},
     ids::{DatasetId, Fingerprint, Generation, Rank, SlotCount, Step},
-    protocol::{Assignment, BASE_FD, FromWorker, SLOT_FDS, SaveOrder, ToWorker},
+    protocol::{Assignment, BASE_FD, FromWorker, SLOT_FDS, SaveOrder, StartSplit, ToWorker},
     random::mix,
     snapshot::{capture::Capture, image::SharedImage, plan::SlotCopy},
     task,
@@ -104,6 +109,7 @@ fn start(
     let served = if serves && served.is_none() { Some(serve()?) } else { served };
     // Weights that are to be loaded need not be drawn first. Adapters begin fresh, whatever they are added to.
     let draw = resume_step == Step(0) && (task.model.init_from.is_none() || task.model.lora.is_some());
+    let (mut split, begin) = (StartSplit::default(), Instant::now());
     let build = || -> Result<Built> {
         let lesson: Box<dyn Lesson> = match task.model.task() {
             None => {
@@ -115,16 +121,21 @@ fn start(
         Built::new(lesson, task.train.clone(), &task.parallel, place)
     };
     let mut built = kept.map_or_else(build, Ok)?;
+    split.model_s = begin.elapsed().as_secs_f64();
     let (tensors, parameters) = (built.state.specs().to_vec(), built.state.trained());
     link.tell(&FromWorker::Built { tensors, device: device_name(place.device), parameters });
 
     let group = if world.get() > 1 {
-        Some(meet(orders, served, generation, (place, task.parallel.share_device), limit)?)
+        let (group, took) = meet(orders, served, generation, (place, task.parallel.share_device), limit)?;
+        split.group_s = took.as_secs_f64();
+        Some(group)
     } else {
         None
     };
     let capture = match orders.next() {
-        ToWorker::Layout { slots, copies } => capture(slots, &copies, &built.state, place)?,
+        ToWorker::Layout { slots, copies } => {
+            timed(&mut split.slots_s, || capture(slots, &copies, &built.state, place))?
+        }
         other => return Err(out_of_turn(&other)),
     };
     if task.model.lora.is_some() && !keeps {
@@ -133,7 +144,8 @@ fn start(
     if !draw && !keeps {
         match orders.next() {
             ToWorker::Restore { slot, files, weights_only } => {
-                restore(&mut built.state, slot, &files, weights_only).context("restore")?;
+                timed(&mut split.load_s, || restore(&mut built.state, slot, &files, weights_only))
+                    .context("restore")?;
             }
             other => return Err(out_of_turn(&other)),
         }
@@ -145,10 +157,12 @@ fn start(
         replicated.flip_a_bit()?;
     }
     let fingerprint = match &replicated {
-        Some(replicated) => Some(whole(replicated.fingerprint()?, &built.base).context("compare states")?),
+        Some(replicated) => Some(timed(&mut split.compare_s, || {
+            whole(replicated.fingerprint()?, &built.base).context("compare states")
+        })?),
         None => None,
     };
-    link.tell(&FromWorker::Ready { fingerprint });
+    link.tell(&FromWorker::Ready { fingerprint, split });
     let (saves, first_s, measure) = match orders.next() {
         ToWorker::Go { saves, first_s, measure } => (saves, first_s, measure),
         other => return Err(out_of_turn(&other)),
@@ -182,6 +196,14 @@ fn start(
     Ok(Started { worker, saves, measure })
 }
 
+/// Does `work`, and says how many seconds it took.
+fn timed<T>(took_s: &mut f64, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let begin = Instant::now();
+    let done = work();
+    *took_s = begin.elapsed().as_secs_f64();
+    done
+}
+
 /// The fingerprint of what all ranks have when they begin: their state, and the base of adapters, which never changes.
 fn whole(state: Fingerprint, base: &State) -> Result<Fingerprint> {
     if base.specs().is_empty() {
@@ -202,19 +224,20 @@ fn listen(link: &Link, at: SocketAddr, limit: Duration) -> Result<torch::Store> 
     Ok(store)
 }
 
-/// The group of all ranks, which may have one GPU together (`shared`). `served`: the store in which they meet, if it is
-/// this one's.
+/// The group of all ranks, which may have one GPU together (`shared`), and the time from the word where they meet.
+/// `served`: the store in which they meet, if it is this one's.
 fn meet(
     orders: &mut Orders,
     served: Option<torch::Store>,
     generation: Generation,
     (place, shared): (Place, bool),
     limit: Duration,
-) -> Result<ProcessGroup> {
+) -> Result<(ProcessGroup, Duration)> {
     let (host, port) = match orders.next() {
         ToWorker::Peers { host, port } => (host, port),
         other => return Err(out_of_turn(&other)),
     };
+    let begin = Instant::now();
     let store = match served {
         Some(store) => store,
         None => torch::Store::connect(&host, port, limit).context("reach rank 0")?,
@@ -225,7 +248,7 @@ fn meet(
     let group = ProcessGroup::new(backend, &store, &prefix, rank, world, limit, device)?;
     // The first collective is part of forming: what fails in it, and the time that it takes, is no step's.
     group.barrier().context("meet all ranks")?;
-    Ok(group)
+    Ok((group, begin.elapsed()))
 }
 
 fn dataset(data_dir: &Path, data: &DatasetId) -> Result<Dataset> {

@@ -9,7 +9,7 @@ use crate::{
         generation::{End, Load, Source, Stopped},
         save::{
             gather::Fetched,
-            scheduler::{Scheduler, Setup},
+            scheduler::{Moment, Scheduler, Setup},
         },
         states::{self, Difference, Remedy, Roll},
         workers::WorkerEvent,
@@ -19,8 +19,8 @@ use crate::{
     error::{Error, Kind, Result},
     ids::{Rank, WorldSize},
     notice::{self, Notice},
-    protocol::{FromWorker, ToWorker},
-    report,
+    protocol::{FromWorker, StartSplit, ToWorker},
+    report::{self, StartParts},
     snapshot::plan::TensorSpec,
 };
 
@@ -33,6 +33,10 @@ pub struct Loading {
     bytes: Option<u64>,
     source: Incoming,
     ready: u32,
+    /// When the last rank had built its model.
+    all_built: Moment,
+    /// What the starts of the ranks were spent on, the longest of each part.
+    split: StartSplit,
     fingerprints: Roll,
     /// What differs between the states of the ranks.
     differs: Option<Difference>,
@@ -55,7 +59,17 @@ impl Loading {
     /// Every node has started its workers.
     pub fn new(world: WorldSize, source: Incoming) -> Self {
         let built = vec![None; world.get() as usize];
-        Self { built, bytes: None, source, ready: 0, fingerprints: Roll::default(), differs: None, said: None }
+        Self {
+            built,
+            bytes: None,
+            source,
+            ready: 0,
+            all_built: Moment::ZERO,
+            split: StartSplit::default(),
+            fingerprints: Roll::default(),
+            differs: None,
+            said: None,
+        }
     }
 
     pub(super) fn handle(mut self, event: Event, turn: &mut Turn<'_>) -> Flow<Phase> {
@@ -125,11 +139,13 @@ impl Loading {
                     *place = Some(tensors);
                 }
                 if self.built.iter().all(Option::is_some) {
+                    self.all_built = turn.now;
                     return self.lay_out(turn);
                 }
             }
-            FromWorker::Ready { fingerprint } => {
+            FromWorker::Ready { fingerprint, split } => {
                 self.ready += 1;
+                self.split = self.split.max(split);
                 let Settings { outline, seats, .. } = &turn.shared.settings;
                 if let Some(fingerprint) = fingerprint {
                     self.differs = self.fingerprints.hear(rank, fingerprint, outline.workers, seats);
@@ -177,6 +193,24 @@ impl Loading {
         }
     }
 
+    /// What the start was spent on up to now.
+    fn start(&self, settings: &Settings, fetch_s: Option<f64>) -> StartParts {
+        let StartSplit { model_s, group_s, slots_s, load_s, compare_s } = self.split;
+        let (invite_s, built_s) = (settings.invited.as_secs_f64(), self.all_built.as_secs_f64());
+        StartParts {
+            invite_s,
+            built_s,
+            model_s,
+            group_s,
+            slots_s,
+            fetch_s,
+            load_s,
+            compare_s,
+            step_s: 0.0,
+            total_s: 0.0,
+        }
+    }
+
     /// Every rank has loaded: training begins.
     fn go(self, turn: &mut Turn<'_>) -> Flow<Phase> {
         let Some(bytes) = self.bytes else {
@@ -221,6 +255,7 @@ impl Loading {
         let saves = scheduler.first_orders(now);
         let measure = settings.stopping.measures_first();
         let mut training = Training::begin(settings, scheduler, bytes, now);
+        training.reports_its_start(self.start(settings, fetched.map(|fetched| fetched.seconds)), now);
         let first_s = turn.shared.estimates.pace.begins(world, least).as_secs();
         turn.tell_all(ToWorker::Go { saves, first_s, measure });
         if let Some(cause) = self.said {

@@ -2,12 +2,14 @@
 //!
 //! The table in the header of `phase.rs` is compared with what happens ([`table`]); all pairs of misfortunes stand in
 //! [`pairs`]; ranks whose states differ in [`differ`]; how long a lost group goes on saving in [`mod@salvage`]; runs
-//! that stop early in [`stops`]; what needs more than two events has a test of its own.
+//! that stop early in [`stops`]; what a start is spent on in [`mod@start`]; what needs more than two events has a test of
+//! its own.
 
 mod differ;
 mod one_slot;
 mod pairs;
 mod salvage;
+mod start;
 mod stops;
 mod table;
 
@@ -27,7 +29,7 @@ use crate::{
     ids::{Fingerprint, NodeId, NodeRanks, WorldSize},
     journal::{Committed, DrainPlan, JournalError, Metrics, SaveCost},
     notice::Confidence,
-    protocol::{FromWorker, HeldOutSum, StepReport},
+    protocol::{FromWorker, HeldOutSum, StartSplit, StepReport},
     storage::{Adrift, Priority, StorageError},
 };
 use std::time::Duration;
@@ -118,6 +120,7 @@ fn settings(load: Load) -> Settings {
         doubted: false,
         finishing: crate::agent::finish::FINISHING,
         first_step: crate::agent::pace::LEAST,
+        invited: Duration::from_millis(250),
     }
 }
 
@@ -134,7 +137,7 @@ fn estimates() -> Estimates {
 /// The slots are laid out, a checkpoint of step 5 has been fetched, and rank 0 has loaded it.
 fn loading() -> Rig {
     let mut rig = fetching();
-    rig.feed_all([said(Rank(0), FromWorker::Ready { fingerprint: None })]);
+    rig.feed_all([said(Rank(0), FromWorker::Ready { fingerprint: None, split: StartSplit::default() })]);
     rig
 }
 

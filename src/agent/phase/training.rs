@@ -34,7 +34,7 @@ use crate::{
     journal::{DrainPlan, JournalError},
     notice::{self, Notice},
     protocol::{FromWorker, StepReport, ToWorker},
-    report,
+    report::{self, StartParts},
     storage::{Adrift, StorageError},
     workload::{Diverged, Measured, Progress, Reports},
 };
@@ -67,6 +67,8 @@ pub struct Training {
     bytes: u64,
     /// The step whose states are being compared, and what ranks have said of theirs.
     compared: (Step, Roll),
+    /// Until the first step is finished: what the start was spent on, and when the ranks were told to go.
+    start: Option<(Box<StartParts>, Moment)>,
 }
 
 /// How long nothing has moved, and how often that was reported.
@@ -91,7 +93,13 @@ impl Training {
             retrying: None,
             bytes,
             compared: (Step(0), Roll::default()),
+            start: None,
         }
+    }
+
+    /// The end of the first step will be reported, with what the start was spent on.
+    pub(super) fn reports_its_start(&mut self, parts: StartParts, now: Moment) {
+        self.start = Some((Box::new(parts), now));
     }
 
     /// Bytes of one save's shards.
@@ -334,6 +342,12 @@ impl Training {
         let actions = self.scheduler.step_finished(step, step_s, now);
         let lag_steps = step.get() - self.scheduler.committed().get();
         turn.reports(progress.event(lag_steps, self.ledger.lag(now).as_secs_f64()));
+        if let Some((mut parts, went)) = self.start.take() {
+            parts.step_s = now.saturating_sub(went).as_secs_f64();
+            parts.total_s = parts.invite_s + now.as_secs_f64();
+            let generation = turn.shared.settings.generation;
+            turn.reports(report::Event::FirstStep { step, generation, parts });
+        }
         self.act(actions, stage, turn)?;
         Continue(None)
     }

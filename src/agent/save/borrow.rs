@@ -19,6 +19,8 @@ use std::{
     sync::Arc,
 };
 
+use tokio::task::{JoinError, JoinSet};
+
 use super::gather::Lacking;
 use crate::{
     ids::NodeId,
@@ -147,7 +149,7 @@ impl<B> Borrowed<B> {
 }
 
 /// Reads from the lenders what they have; what one of them could not give, from another one.
-pub async fn read<B: AsMut<[u8]> + Send>(shares: Vec<(Lender, Vec<Lacking<B>>)>) -> Borrowed<B> {
+pub async fn read<B: AsMut<[u8]> + Send + 'static>(shares: Vec<(Lender, Vec<Lacking<B>>)>) -> Borrowed<B> {
     let mut borrowed = Borrowed::nothing();
     let mut refused = Vec::new();
     let mut lenders = Vec::new();
@@ -172,9 +174,27 @@ pub async fn read<B: AsMut<[u8]> + Send>(shares: Vec<(Lender, Vec<Lacking<B>>)>)
     borrowed
 }
 
-/// Reads from all of them side by side.
-async fn all_from<B: AsMut<[u8]> + Send>(shares: Vec<(Lender, Vec<Lacking<B>>)>) -> Vec<(Borrowed<B>, Option<Lender>)> {
-    futures::future::join_all(shares.into_iter().map(|(lender, files)| from(lender, files))).await
+/// Reads from all of them side by side, each on a task of its own: what comes is decrypted, copied and summed, for which
+/// one core would be too slow. Dropping the future stops them.
+async fn all_from<B: AsMut<[u8]> + Send + 'static>(
+    shares: Vec<(Lender, Vec<Lacking<B>>)>,
+) -> Vec<(Borrowed<B>, Option<Lender>)> {
+    let reading = shares.into_iter().enumerate().map(|(at, (lender, files))| async move {
+        let read = from(lender, files).await;
+        (at, read)
+    });
+    let mut reading: JoinSet<_> = reading.collect();
+    let mut done = Vec::new();
+    while let Some(read) = reading.join_next().await {
+        match read.map_err(JoinError::try_into_panic) {
+            Ok(read) => done.push(read),
+            Err(Ok(panic)) => std::panic::resume_unwind(panic),
+            // The runtime ends.
+            Err(Err(_)) => std::future::pending().await,
+        }
+    }
+    done.sort_unstable_by_key(|(at, _)| *at);
+    done.into_iter().map(|(_, read)| read).collect()
 }
 
 /// Reads these files from one node. The node comes back unless its connection can't be used any more.

@@ -225,23 +225,21 @@ async fn from_here<B: AsMut<[u8]> + Send + 'static>(
             let copying = tokio::task::spawn_blocking(move || {
                 let range = usize::try_from(piece.offset).ok().zip(usize::try_from(piece.len).ok());
                 let from = range.and_then(|(start, len)| bytes.get(start..start.checked_add(len)?));
-                if let Some(from) = from.filter(|from| from.len() == buffer.as_mut().len()) {
-                    buffer.as_mut().copy_from_slice(from);
-                }
-                (piece, Crc64::of(buffer.as_mut()), buffer)
+                let sum = from.and_then(|from| Crc64::of_copy(from, buffer.as_mut()));
+                (piece, sum, buffer)
             });
             copying.await.map_err(|error| CheckpointError::Internal(format!("copy a piece: {error}")))
         }
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut copied = stream::iter(pieces).map(copy).buffered(threads);
-    let (mut sum, mut end, mut pieces) = (Crc64::EMPTY, 0, Vec::new());
+    let (mut sum, mut end, mut pieces) = (Some(Crc64::EMPTY), 0, Vec::new());
     while let Some(copied) = copied.next().await {
         let (piece, crc64, buffer) = copied?;
-        sum = sum.followed_by(crc64, piece.len);
+        sum = sum.zip(crc64).map(|(sum, crc64)| sum.followed_by(crc64, piece.len));
         end += piece.len;
         pieces.push((piece, buffer));
     }
-    let is_it = end == file.bytes && file.crc64 == Some(sum);
+    let is_it = end == file.bytes && sum.is_some() && file.crc64 == sum;
     Ok(if is_it { None } else { Some(Lacking { file, pieces }) })
 }

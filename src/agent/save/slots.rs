@@ -58,6 +58,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::{StreamExt, stream};
 
 use super::{
     gather::Fetch,
@@ -85,6 +86,8 @@ pub const RESTORE_SLOT: u8 = 0;
 
 /// How long the end of a generation waits for the remaining users of a slot's memory.
 const QUIET: Duration = Duration::from_secs(10);
+/// Bytes that one thread sums at a time; in tests few, so that files have several such pieces.
+const SUMMED: u64 = if cfg!(test) { 4 << 10 } else { 16 << 20 };
 /// The interval between two checks for such users.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -507,21 +510,26 @@ fn laid_out(plans: &[ImagePlan], bases: &[u64]) -> Result<Vec<LaidOut>> {
     plans.iter().map(of).collect()
 }
 
-/// Whether each of these files has its checksum.
+/// Whether each of these files has its checksum. They are cut into pieces, because a rank's few files are of different
+/// lengths: every core has work to the end.
 async fn sums_agree(image: &SharedImage, files: &[HeldFile]) -> Vec<bool> {
     let Ok(mapping) = image.map() else { return Vec::new() };
-    let sums: Vec<_> = files
-        .iter()
-        .map(|file| {
-            let (bytes, expected) = (mapping.bytes(file.range.clone()), file.crc64);
-            tokio::task::spawn_blocking(move || bytes.is_ok_and(|bytes| Crc64::of(&bytes) == expected))
-        })
-        .collect();
-    let mut agree = Vec::with_capacity(sums.len());
-    for sum in sums {
-        agree.push(sum.await.unwrap_or(false));
+    let pieces = files.iter().enumerate().flat_map(|(file, HeldFile { range, .. })| {
+        let starts = (range.start..range.end).step_by(SUMMED as usize);
+        starts.map(move |start| (file, start..range.end.min(start.saturating_add(SUMMED))))
+    });
+    let sum = |(file, range): (usize, Range<u64>)| {
+        let (len, bytes) = (range.end - range.start, mapping.bytes(range));
+        let sum = tokio::task::spawn_blocking(move || bytes.ok().map(|bytes| Crc64::of(&bytes)));
+        async move { (file, len, sum.await.ok().flatten()) }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut found: Vec<Option<Crc64>> = vec![Some(Crc64::EMPTY); files.len()];
+    let mut sums = stream::iter(pieces).map(sum).buffered(threads);
+    while let Some((file, len, sum)) = sums.next().await {
+        found[file] = found[file].zip(sum).map(|(whole, next)| whole.followed_by(next, len));
     }
-    agree
+    files.iter().zip(found).map(|(file, found)| found == Some(file.crc64)).collect()
 }
 
 #[cfg(test)]

@@ -30,15 +30,8 @@ use crate::{
 
 /// Words of a row.
 const ROW: i64 = 1 << 15;
-/// Rows that are summed at once. Temporary memory: 256 KiB a row.
-const fn rows_at_once(device: Device) -> i64 {
-    match device {
-        // So few that LibTorch starts no team of threads for each of many small operations.
-        Device::Cpu => 1,
-        // As many as fill a GPU.
-        _ => 512,
-    }
-}
+/// Rows that a GPU sums at once: as many as fill one. Temporary memory: 256 KiB a row.
+const AT_ONCE: i64 = 512;
 
 /// The tensors that every rank has, read as words. They share their memory with the state and follow its changes.
 #[derive(Debug)]
@@ -73,29 +66,29 @@ impl Replicated {
     /// The fingerprint of what the tensors hold now. Waits for the device. Call it between two steps, when the last
     /// update has reached the weights.
     pub fn fingerprint(&self) -> Result<Fingerprint> {
-        Ok(torch::tch_result("take a fingerprint", self.sums())?)
-    }
-
-    fn sums(&self) -> Result<Fingerprint, TchError> {
+        let doing = "take a fingerprint";
         let mut sums = Vec::new();
-        for words in &self.words {
-            let (len, mut at) = (signed(words.numel() as u64), 0);
-            while at < len {
-                let left = len - at;
-                let (rows, long) =
-                    if left < ROW { (1, left) } else { ((left / ROW).min(rows_at_once(self.device)), ROW) };
-                let mut part = words.f_narrow(0, at, rows * long)?.f_to_kind(Kind::Int64)?.f_view([rows, long])?;
-                let _ = part.f_mul_(&self.weights.f_narrow(0, 0, long)?)?;
-                sums.push(part.f_sum_dim_intlist(1_i64, false, Kind::Int64)?);
-                at += rows * long;
+        for words in self.words.iter().filter(|words| words.numel() > 0) {
+            match self.device {
+                Device::Cpu => sums.push(torch::row_sums(words, &self.weights)?),
+                _ => torch::tch_result(doing, self.sum_by_operations(words, &mut sums))?,
             }
         }
-        if sums.is_empty() {
-            return Ok(Fingerprint(0));
+        Ok(torch::tch_result(doing, chain(&sums))?)
+    }
+
+    /// The sums of each row of `words`, by LibTorch's own operations.
+    fn sum_by_operations(&self, words: &Tensor, sums: &mut Vec<Tensor>) -> Result<(), TchError> {
+        let (len, mut at) = (signed(words.numel() as u64), 0);
+        while at < len {
+            let left = len - at;
+            let (rows, long) = if left < ROW { (1, left) } else { ((left / ROW).min(AT_ONCE), ROW) };
+            let mut part = words.f_narrow(0, at, rows * long)?.f_to_kind(Kind::Int64)?.f_view([rows, long])?;
+            let _ = part.f_mul_(&self.weights.f_narrow(0, 0, long)?)?;
+            sums.push(part.f_sum_dim_intlist(1_i64, false, Kind::Int64)?);
+            at += rows * long;
         }
-        let sums = Vec::<i64>::try_from(Tensor::f_cat(&sums, 0)?.f_to_device(Device::Cpu)?)?;
-        let chain = |hash: u64, sum: i64| mix(hash.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ sum.cast_unsigned());
-        Ok(Fingerprint(sums.into_iter().fold(0, chain)))
+        Ok(())
     }
 
     /// Changes the lowest bit of the first word: what a broken machine does, for tests.
@@ -105,6 +98,16 @@ impl Replicated {
         let _flipped = torch::tch_result("flip a bit", flipped)?;
         Ok(())
     }
+}
+
+/// One number of the sums of all rows.
+fn chain(sums: &[Tensor]) -> Result<Fingerprint, TchError> {
+    if sums.is_empty() {
+        return Ok(Fingerprint(0));
+    }
+    let sums = Vec::<i64>::try_from(Tensor::f_cat(sums, 0)?.f_to_device(Device::Cpu)?)?;
+    let link = |hash: u64, sum: i64| mix(hash.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ sum.cast_unsigned());
+    Ok(Fingerprint(sums.into_iter().fold(0, link)))
 }
 
 #[cfg(test)]
@@ -168,6 +171,22 @@ mod tests {
             let signs = same();
             let _ = signs[0].narrow(0, 9, 2).neg_();
             assert!(seen.insert(of(&signs)), "{kind:?}: two signs of a row");
+        }
+    }
+
+    /// A group may have both kinds of devices' programs, and a run goes on from one to the other.
+    #[test]
+    fn a_cpu_and_a_gpu_give_one_number() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            for len in [0, 1, 5, ROW - 1, ROW, ROW + 1, 2 * ROW + 3] {
+                let tensors = [numbers(len, kind), numbers(3, kind)];
+                let replicated = replicated(&tensors);
+                let mut sums = Vec::new();
+                for words in replicated.words.iter().filter(|words| words.numel() > 0) {
+                    replicated.sum_by_operations(words, &mut sums).unwrap();
+                }
+                assert_eq!(chain(&sums).unwrap(), replicated.fingerprint().unwrap(), "{len} of {kind:?}");
+            }
         }
     }
 

@@ -4,7 +4,8 @@ use super::*;
 
 /// Both ranks have loaded, and have these fingerprints.
 fn loaded(rig: &mut Rig, fingerprints: [u64; 2]) -> Effects {
-    let ready = |rank, of| said(rank, FromWorker::Ready { fingerprint: Some(Fingerprint(of)) });
+    let ready =
+        |rank, of| said(rank, FromWorker::Ready { fingerprint: Some(Fingerprint(of)), split: StartSplit::default() });
     let _ = rig.feed(ready(Rank(0), fingerprints[0]));
     rig.feed(ready(Rank(1), fingerprints[1]))
 }
@@ -47,7 +48,10 @@ fn ranks_that_differ_again_after_loading_end_their_nodes() {
         let mut effects = Effects::default();
         for (rank, of) in prints.into_iter().enumerate() {
             let rank = Rank(u32::try_from(rank).unwrap());
-            effects = rig.feed(said(rank, FromWorker::Ready { fingerprint: Some(Fingerprint(of)) }));
+            effects = rig.feed(said(
+                rank,
+                FromWorker::Ready { fingerprint: Some(Fingerprint(of)), split: StartSplit::default() },
+            ));
         }
         let end = ended(&effects).expect("an end");
         assert!(end.starts_with(expected), "{end}");

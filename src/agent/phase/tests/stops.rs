@@ -102,8 +102,8 @@ fn a_drain_does_not_wait_for_a_measurement_and_the_next_generation_begins_with_i
         let load = Load::Checkpoint { step: loaded.step, generation: Generation(2), from };
         let mut rig = fetching();
         rig.machine.shared.settings = careful(load, Some(loaded));
-        let _ = rig.feed(said(Rank(0), FromWorker::Ready { fingerprint: None }));
-        let effects = rig.feed(said(Rank(1), FromWorker::Ready { fingerprint: None }));
+        let _ = rig.feed(said(Rank(0), FromWorker::Ready { fingerprint: None, split: StartSplit::default() }));
+        let effects = rig.feed(said(Rank(1), FromWorker::Ready { fingerprint: None, split: StartSplit::default() }));
         (rig, list(&effects))
     };
     let Event::Save(SaveEvent::Ended { result: Ok(Saved { mut committed, .. }), .. }) = saved(20, 0) else { panic!() };

@@ -25,12 +25,12 @@ const ROWS: &[(&str, Provoke)] = &[
     ("fetched", |_| fetched()),
     ("fetch damaged", |_| Event::Fetched(Err(CheckpointError::Damaged { object: "x".into(), reason: "y".into() }))),
     ("fetch fails", |_| Event::Fetched(Err(CheckpointError::Internal("x".into())))),
-    ("ready, the last", |_| said(Rank(1), FromWorker::Ready { fingerprint: None })),
+    ("ready, the last", |_| said(Rank(1), FromWorker::Ready { fingerprint: None, split: StartSplit::default() })),
     ("ready, the last, and differs", |rig| {
         if rig.phase() == "Loading" {
             *rig = fetching();
         }
-        let ready = |of| FromWorker::Ready { fingerprint: Some(Fingerprint(of)) };
+        let ready = |of| FromWorker::Ready { fingerprint: Some(Fingerprint(of)), split: StartSplit::default() };
         let _ = rig.feed(said(Rank(0), ready(1)));
         said(Rank(1), ready(2))
     }),

@@ -85,7 +85,7 @@ fn memory(bytes: u64) -> (Vec<ImageChunk>, Pinned<Pages>, [f64; 2]) {
     image.grow(bytes).unwrap();
     let mapping = image.map().unwrap();
     let begin = Instant::now();
-    mapping.prefault(0..bytes).unwrap();
+    mapping.prefault(0..bytes, 4).unwrap();
     let touched_s = begin.elapsed().as_secs_f64();
     let begin = Instant::now();
     let pinned = Pinned::new(mapping.pages(0..bytes).unwrap());

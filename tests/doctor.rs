@@ -83,7 +83,7 @@ fn a_machine_with_everything_that_a_run_needs_passes() {
 #[test]
 fn the_memory_that_a_run_needs_is_said_before_it_starts() {
     let lab = Lab::on_files();
-    let asked = |more: &[&str]| lab.command(&[&["doctor", "run.toml"], more].concat()).json();
+    let asked = |more: &[&str]| lab.command(&[&["doctor", "run.toml"][..], more].concat()).json();
     let life = asked(&["--gpu-memory", "24GiB"]).envs(&[("TRAINER_STOP_WINDOW", "1h".to_owned())]).finish();
     let found = expect(&life.expect_code(0), &[("memory", "ok"), ("gpu memory", "ok")]);
     let gpu = &found["gpu memory"]["memory"];

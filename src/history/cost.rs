@@ -219,9 +219,12 @@ struct Sum<'a> {
     prices: &'a Prices,
 }
 
+/// One of a machine's two prices: what is paid, and what it is compared with.
+type Pick = fn((Option<Price>, Option<Price>)) -> Option<Price>;
+
 impl Sum<'_> {
     /// The mean price of a generation's machines, and the sources; `None`: that of one of them is not known.
-    fn rates(&self, pick: fn((Option<Price>, Option<Price>)) -> Option<Price>) -> Option<(Vec<f64>, Vec<Price>)> {
+    fn rates(&self, pick: Pick) -> Option<(Vec<f64>, Vec<Price>)> {
         let mut sources: Vec<Price> = Vec::new();
         let mut means = Vec::new();
         let mut known: BTreeMap<&NodeId, f64> = BTreeMap::new();

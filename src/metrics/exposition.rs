@@ -330,7 +330,7 @@ pub(super) mod tests {
             |text: &str| text.lines().filter(|line| !line.starts_with('#')).map(str::to_owned).collect::<Vec<String>>();
         assert_eq!(samples(&text), samples(&plain));
         // A name with a unit ends with it, and every gauge that can be set has a line in the table.
-        for ((name, _), _) in &exposition.gauges {
+        for (name, _) in exposition.gauges.keys() {
             assert!(GAUGES.iter().any(|(known, ..)| known == name), "{name}");
         }
         assert!(GAUGES.iter().all(|(name, unit, _)| name.ends_with(unit)), "{GAUGES:?}");

@@ -183,9 +183,8 @@ async fn serve(bound: TcpListener, shared: &Arc<Shared>) {
                 .timer(TokioTimer::new())
                 .header_read_timeout(REQUEST)
                 .serve_connection(TokioIo::new(stream), service);
-            match tokio::time::timeout(CONNECTION, connection).await {
-                Ok(Err(error)) => tracing::debug!(%error, "a connection for figures ended"),
-                Ok(Ok(())) | Err(_) => {}
+            if let Ok(Err(error)) = tokio::time::timeout(CONNECTION, connection).await {
+                tracing::debug!(%error, "a connection for figures ended");
             }
             drop(turn);
         });

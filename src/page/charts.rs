@@ -194,7 +194,7 @@ pub(super) const fn class(activity: Activity) -> &'static str {
 /// The share of a whole, for people.
 pub(super) fn percent(share: f64) -> String {
     match 100.0 * share {
-        share if share == 0.0 => "0 %".into(),
+        0.0 => "0 %".into(),
         share if share < 0.1 => "< 0.1 %".into(),
         share if share < 99.95 => format!("{share:.1} %"),
         share => format!("{share:.0} %"),

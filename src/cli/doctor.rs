@@ -198,7 +198,7 @@ fn shown(lines: &[Line]) -> String {
         if let Some(todo) = &line.todo {
             text.push_str(&format!("{:<5} {:<width$}  → {}\n", "", "", plain(todo)));
         }
-        if let Some(account) = &line.memory {
+        if let Some(account) = line.memory.as_ref().filter(|account| !account.strategies.is_empty()) {
             for row in table(account) {
                 text.push_str(&format!("{:<5} {:<width$}  {row}\n", "", ""));
             }

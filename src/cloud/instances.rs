@@ -12,9 +12,10 @@ pub struct GpuSet {
     pub bytes: u64,
 }
 
-/// A class of instance types: the name of its GPUs, MiB of each, and the sizes that have more than one.
+/// A class of instance types: its name, that of its GPUs, MiB of each, and the sizes that have more than one.
 type Class = (&'static str, &'static str, u64, &'static [(&'static str, u32)]);
 
+/// Every class that is known.
 const CLASSES: [Class; 13] = [
     ("g4dn", "T4", 15_109, &[("12xlarge", 4), ("metal", 8)]),
     ("g5", "A10G", 23_028, &[("12xlarge", 4), ("24xlarge", 4), ("48xlarge", 8)]),

@@ -80,7 +80,7 @@ pub struct Account {
     pub slot: u64,
     /// Bytes of the weights that adapters are trained beside, in the host's memory.
     pub base: u64,
-    /// The need of one worker under each strategy.
+    /// The need of one worker under each strategy; empty where its tensors are elsewhere.
     pub strategies: Vec<Row>,
 }
 
@@ -185,7 +185,9 @@ impl<'a> Run<'a> {
         let beside = slot * u64::from(slots.get()) + base + PROCESS.host * here;
         if on_gpu {
             let host = Host { slots, slot, base, tensors: 0, workers: self.workers.here };
-            return Ok(host.line(available));
+            let account = self.account(&setting, available, 0, PROCESS.host);
+            let account = Account { slots: slots.get(), slot, base, strategies: Vec::new(), ..account };
+            return Ok(Line { memory: Some(Box::new(account)), ..host.line(available) });
         }
         let room = available.saturating_sub(beside) / here.max(1);
         let account = self.account(&setting, available, room, PROCESS.host);

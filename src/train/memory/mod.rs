@@ -51,7 +51,7 @@ pub struct Process {
     pub gpu: u64,
 }
 
-/// Bytes that a worker needs beside its tensors: rounded up from what workers have shown.
+/// Bytes that a worker needs beside its tensors: an estimate, to be replaced by what workers show.
 pub const PROCESS: Process = Process { host: 512 << 20, gpu: 1 << 30 };
 
 /// All that one rank's memory depends on.

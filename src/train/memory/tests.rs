@@ -239,7 +239,7 @@ fn measured(world: u32) -> Vec<Vec<u64>> {
     peaks.collect()
 }
 
-/// Within a tenth, under every strategy, on one, two and four ranks.
+/// Within a tenth, under every strategy, on one, two and four ranks; where nothing is exchanged, within a hundredth.
 #[test]
 fn a_rank_needs_the_bytes_that_the_formula_says() {
     if let Ok(place) = std::env::var(VARIABLE) {
@@ -255,7 +255,9 @@ fn a_rank_needs_the_bytes_that_the_formula_says() {
             let off = (forecast.bytes as f64 - most as f64) / most as f64;
             let line = format!("{:+.1} % on {world}: {most} measured, {case:?}: {forecast:?}", off * 100.0);
             println!("{line}");
-            if off.abs() > 0.1 {
+            // Exchanges hold memory for as long as their peers take; without them the count is the same each time.
+            let is_exact = case.strategy == Strategy::Ddp && case.fused;
+            if off.abs() > if is_exact { 0.01 } else { 0.1 } {
                 wrong.push(line);
             }
         }

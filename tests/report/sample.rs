@@ -66,7 +66,7 @@ impl Writer {
 /// Loss falls, and is not smooth.
 fn loss(step: u64, random: &mut SplitMix64) -> f64 {
     let smooth = 1.9 + 8.0 / (1.0 + step as f64 / 400.0).powf(0.7);
-    let spike = if step % 7919 == 0 { 1.5 } else { 0.0 };
+    let spike = if step.is_multiple_of(7919) { 1.5 } else { 0.0 };
     smooth + 0.12 * (random.next_f64() - 0.5) + spike
 }
 

@@ -5,7 +5,7 @@
 //! T > c·W' / (W' − W). T ends with the next change that is to be expected anyway, since that one takes up the nodes
 //! for nothing, or with the run.
 //!
-//! Two changes are apart by at least [`APART`] times what one costs, whatever T is: machines that come and go one by
+//! Two changes are apart by at least twenty times what one costs, whatever T is: machines that come and go one by
 //! one cost a group at most the twentieth part of its time. What a change costs is measured by the node that leads it;
 //! until it has, nothing is put off.
 

@@ -318,13 +318,14 @@ fn files_below_a_facade_import_each_other() {
 const WIDTH: usize = 120;
 
 /// Files with wider lines, and why.
-const WIDER: [(&str, &str); 3] = [
+const WIDER: [(&str, &str); 4] = [
     (
         "userdata/aws/stack.yaml",
         "it embeds user-data.sh line by line, policies, and lines of JSON, which can't be folded",
     ),
     ("userdata/aws/user-data.sh", "EC2 takes 16 KB: no line grows by its continuation"),
     ("benches/results/", "records, as the benchmark has written them"),
+    ("userdata/grafana.json", "JSON breaks no string"),
 ];
 
 /// Whether a line can't be broken: a row of a table, or one long word (a URL, a message of a protocol).

@@ -264,7 +264,10 @@ mod tests {
         let at = Timestamp::UNIX_EPOCH;
         assert_eq!(
             body(Shape::Json, &alert, at),
-            r#"{"alert":"failed","at":"1970-01-01T00:00:00Z","message":"loss is <NaN> & @everyone","run_id":"first","step":7,"version":1}"#
+            concat!(
+                r#"{"alert":"failed","at":"1970-01-01T00:00:00Z","message":"loss is <NaN> & @everyone","#,
+                r#""run_id":"first","step":7,"version":1}"#
+            )
         );
         assert_eq!(body(Shape::Slack, &alert, at), r#"{"text":"run first: loss is &lt;NaN&gt; &amp; @everyone"}"#);
         assert_eq!(

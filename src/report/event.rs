@@ -66,7 +66,8 @@ pub struct Counted {
     pub worker_restarts: u64,
 }
 
-/// What the time from a `formed` record to the end of the first step was spent on, seconds; of the slowest rank or node.
+/// What the time from a `formed` record to the end of the first step was spent on, seconds; of the slowest rank or
+/// node.
 /// Workers start, build and meet while the state is fetched, so the parts overlap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct StartParts {

@@ -37,8 +37,8 @@ pub fn fruitless(state: &RunState, most: u32) -> Error {
     );
     let what = format!("run {run_id} was started {most} times in a row without a new checkpoint; {newest}");
     Error::new(Kind::Fruitless, what).with_hint(format!(
-        "nothing is lost: `trainer explain --run-id {run_id}` says how these starts ended; then `trainer resume --run-id \
-         {run_id} --set restart.fruitless_starts={}`, or any other changed setting, starts the count anew",
+        "nothing is lost: `trainer explain --run-id {run_id}` says how these starts ended; then `trainer resume \
+         --run-id {run_id} --set restart.fruitless_starts={}`, or any other changed setting, starts the count anew",
         most.saturating_add(1)
     ))
 }

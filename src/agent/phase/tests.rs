@@ -2,8 +2,8 @@
 //!
 //! The table in the header of `phase.rs` is compared with what happens ([`table`]); all pairs of misfortunes stand in
 //! [`pairs`]; ranks whose states differ in [`differ`]; how long a lost group goes on saving in [`mod@salvage`]; runs
-//! that stop early in [`stops`]; what a start is spent on in [`mod@start`]; what needs more than two events has a test of
-//! its own.
+//! that stop early in [`stops`]; what a start is spent on in [`mod@start`]; what needs more than two events has a test
+//! of its own.
 
 mod differ;
 mod one_slot;
@@ -687,14 +687,4 @@ fn at_most_so_many_notices_are_written_down() {
     let mut rig = training();
     let notes = (0..40).filter(|_| rig.feed(rebalance()).list().iter().any(|it| matches!(it, Effect::Note(_)))).count();
     assert_eq!(notes, 16);
-}
-
-#[test]
-fn a_stall_that_is_heard_of_late_reaches_the_save_under_way() {
-    let mut rig = training();
-    let effects = rig.feed(said(Rank(1), FromWorker::Stalled { step: Step(10), stall_s: 0.25 }));
-    let [Effect::Cost(cost)] = effects.list() else { panic!("{effects:?}") };
-    assert_eq!((cost.stall_s, cost.copy_s), (0.25, 0.5));
-    let effects = rig.feed(said(Rank(1), FromWorker::Stalled { step: Step(9), stall_s: 0.25 }));
-    assert_eq!(list(&effects), "", "not of this one");
 }

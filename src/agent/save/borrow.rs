@@ -174,8 +174,8 @@ pub async fn read<B: AsMut<[u8]> + Send + 'static>(shares: Vec<(Lender, Vec<Lack
     borrowed
 }
 
-/// Reads from all of them side by side, each on a task of its own: what comes is decrypted, copied and summed, for which
-/// one core would be too slow. Dropping the future stops them.
+/// Reads from all of them side by side, each on a task of its own: what comes is decrypted, copied and summed, for
+/// which one core would be too slow. Dropping the future stops them.
 async fn all_from<B: AsMut<[u8]> + Send + 'static>(
     shares: Vec<(Lender, Vec<Lacking<B>>)>,
 ) -> Vec<(Borrowed<B>, Option<Lender>)> {

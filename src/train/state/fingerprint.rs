@@ -11,7 +11,7 @@
 //! `shard` frozen ones alone. A model has no other tensors that change.
 //!
 //! *Cost.* It reads the state once, on one thread of the CPU or on the GPU, and the loop waits. With LibTorch's
-//! operations, three passes, that took 0.31 s for the state of the benchmark's model (41.7 M parameters, `ddp`, fp32: 0.5
+//! operations, three passes, that took 0.31 s for the state of the benchmark's model (41.7 M parameters, fp32: 0.5
 //! GB) on a machine of 2 cores, where copying the same bytes once takes 0.14 s and a step of that model about 1 s
 //! (November 2026, with other work beside it). A CPU takes one pass now, which was not measured yet. It is
 //! taken at a formation, and at every 16th save at the boundary at which that save begins; other saves neither wait for

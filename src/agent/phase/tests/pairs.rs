@@ -105,3 +105,13 @@ Salvaging: failed save: idle, report warning, hush, upload 10, busy, kill -> Sal
     then lost: Fenced: another node has the run
 Salvaging: lost: Fenced: another node has the run
 ";
+
+#[test]
+fn a_stall_that_is_heard_of_late_reaches_the_save_under_way() {
+    let mut rig = training();
+    let effects = rig.feed(said(Rank(1), FromWorker::Stalled { step: Step(10), stall_s: 0.25 }));
+    let [Effect::Cost(cost)] = effects.list() else { panic!("{effects:?}") };
+    assert_eq!((cost.stall_s, cost.copy_s), (0.25, 0.5));
+    let effects = rig.feed(said(Rank(1), FromWorker::Stalled { step: Step(9), stall_s: 0.25 }));
+    assert_eq!(list(&effects), "", "not of this one");
+}

@@ -94,11 +94,11 @@ fn a_run_with_any_process_killed_ends_like_the_undisturbed_one() {
 fn a_run_whose_ranks_share_the_state_ends_like_the_undisturbed_one_whoever_is_killed() {
     let point = |name: &str| POINTS.iter().find(|point| point.name == name).expect("a crash point");
     let at = |name| calm(Disturbance::Point { point: point(name), action: Action::Kill, hit: 3 });
-    let saving = Moment { delay: Duration::from_millis(2), ..Moment::after("upload", 9) };
+    let saved = Moment::after("checkpoint", 2);
     for sharing in [Sharing::Zero1, Sharing::Shard] {
         // Workers that die are restarted within their life, which then comes to the end.
         let lives = vec![
-            calm(Disturbance::Both(saving)),
+            calm(Disturbance::Both(saved)),
             at("save.after-shard"),
             calm(Disturbance::Terminate { at: Moment::after("step", 7), kill_after: None }),
             at("save.after-manifest"),

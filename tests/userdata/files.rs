@@ -490,6 +490,10 @@ fn pods_ask_for_spot_nodes_and_nobody_moves_them() {
         assert!(all.contains(limit) || all.contains(restarts), "{name}");
         // Whoever has an older one must not find out by an error.
         let opening = text(name);
-        assert!(opening.contains("Kubernetes 1.31"), "{name} names no version");
+        let also = [("kubernetes/jobset.yaml", "JobSet 0.10"), ("kubernetes/trainjob.yaml", "Kubeflow Trainer 2.1")];
+        let also = also.iter().filter(|(file, _)| *file == name).map(|(_, version)| *version);
+        for version in also.chain(["Kubernetes 1.31"]) {
+            assert!(opening.contains(version), "{name} does not name {version}");
+        }
     }
 }

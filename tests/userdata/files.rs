@@ -486,6 +486,8 @@ fn pods_ask_for_spot_nodes_and_nobody_moves_them() {
             r#""onJobFailureMessagePatterns":[".*exit code (75|76) .*",".*DisruptionTarget.*"]"#,
         ];
         assert!(endless.iter().any(|rule| all.contains(rule)), "{name}: {all}");
+        let ignored = all.matches(r#""action":"Ignore","onExitCodes""#).count();
+        assert!(ignored <= 1, "{name} ignores other codes, too: {all}");
         let (limit, restarts) = (r#""backoffLimit":20"#, r#""maxRestarts":20"#);
         assert!(all.contains(limit) || all.contains(restarts), "{name}");
         // Whoever has an older one must not find out by an error.

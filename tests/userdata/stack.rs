@@ -424,6 +424,9 @@ fn a_waiting_job_ends_no_working_machine() {
 #[test]
 fn batch_starts_again_on_the_codes_that_ask_for_it() {
     let Some(template) = template("aws/batch.yaml") else { return };
+    // Its parameter SecurityGroupIds is described as that output.
+    let Some(stack) = super::stack::template("aws/stack.yaml") else { return };
+    assert_eq!(stack["Outputs"]["SecurityGroupId"]["Value"], json!({"Fn::GetAtt": "SecurityGroup.GroupId"}));
     let strategy = &properties(&template, "JobDefinition")["RetryStrategy"];
     let rules = strategy["EvaluateOnExit"].as_array().expect("rules");
     assert!(rules.len() <= 5, "Batch takes five");

@@ -129,7 +129,7 @@ impl<'a> Run<'a> {
         self.task.train.global_batch.div_ceil(self.workers.world().get().max(1))
     }
 
-    /// Each strategy that the run may have, for tensors of so many bytes. Those of a world of one are the same.
+    /// Each strategy that the run may have, given the bytes for its tensors. Those of a world of one are the same.
     fn rows(&self, setting: &Setting<'_>, room: u64) -> Vec<Row> {
         let is_possible = |strategy: Strategy| match strategy {
             _ if setting.world.get() <= 1 => strategy == setting.strategy,

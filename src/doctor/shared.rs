@@ -10,7 +10,7 @@ const CHECK: &str = "shared memory";
 /// From here on there is room for the buffers of a machine with 8 GPUs.
 const ENOUGH: u64 = 1 << 30;
 
-/// The line about `/dev/shm` on a machine where LibTorch can use so many GPUs; `None`: nobody needs it.
+/// The line about `/dev/shm` on a machine with this number of GPUs that LibTorch can use; `None`: nobody needs it.
 pub(super) fn look(gpus: u32) -> Option<Line> {
     let bytes = rustix::fs::statvfs("/dev/shm").ok().map(|found| found.f_blocks.saturating_mul(found.f_frsize));
     line(gpus, bytes)

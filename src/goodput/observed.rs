@@ -88,7 +88,7 @@ impl Observed {
     }
 }
 
-/// The longest time that so many steps account for, seconds: a longer one was measured by a clock that was wrong.
+/// The longest time that this number of steps accounts for, seconds: a longer one comes from a clock that was wrong.
 /// `step_s` is the mean time of a step, if it is known.
 pub fn credible_s(step_s: Option<f64>, steps: u64) -> f64 {
     step_s.map_or(UNKNOWN, |step_s| BESIDE + SLACK * step_s * steps as f64)

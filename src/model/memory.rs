@@ -182,7 +182,7 @@ impl Plan {
         self.decoder.layers.len()
     }
 
-    /// What a pass over so many tokens needs.
+    /// What a pass over this number of tokens needs.
     pub fn pass(&self, arithmetic: Arithmetic, extents: Extents) -> PassNeeds {
         let Arithmetic { precision, fused, on_gpu, casts } = arithmetic;
         let e = width(precision);

@@ -337,7 +337,7 @@ pub(super) fn lives(account: &Account) -> Option<Html> {
     }))
 }
 
-/// What the run did most in each of so many columns of equal time: name, begin and end as shares of the whole.
+/// What the run did most in each column of equal time: name, begin and end as shares of the whole.
 fn strip(stretches: &[Stretch], whole: f64, columns: usize) -> Vec<(Activity, f64, f64)> {
     let columns = columns.max(1);
     let mut out: Vec<(Activity, f64, f64)> = Vec::new();

@@ -19,8 +19,8 @@ impl Crc64 {
     pub fn of(bytes: &[u8]) -> Self {
         Self(crc_fast::checksum(Crc64Nvme, bytes))
     }
-    /// Copies `from` into `to`, and gives the checksum of what is there then, in one pass over memory. `None`: they
-    /// have not the same length, and nothing is copied.
+    /// Copies `from` into `to`, and gives the checksum of `to`, in one pass over memory. `None`: their lengths
+    /// differ, and nothing is copied.
     pub fn of_copy(from: &[u8], to: &mut [u8]) -> Option<Self> {
         if from.len() != to.len() {
             return None;

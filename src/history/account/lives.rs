@@ -249,7 +249,7 @@ impl Life<'_> {
     }
 }
 
-/// Seconds between two stamps of one machine, as far as so many steps account for them.
+/// Seconds between two stamps of one machine, as far as the steps between them account for that.
 fn clocked(from: Timestamp, to: Timestamp, step_s: Option<f64>, steps: u64) -> f64 {
     known(second(to) - second(from)).min(credible_s(step_s, steps))
 }

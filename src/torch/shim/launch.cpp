@@ -107,12 +107,12 @@ int64_t bytes_of(Type type) {
   return type == Type::kFloat ? 4 : 2;
 }
 
-// Whether everything that it is told of can be read 16 bytes at a time.
+// Whether all of these can be read 16 bytes at a time.
 class Wideness {
  public:
   explicit Wideness(Type type) : bytes_(bytes_of(type)) {}
 
-  // Rows, or heads, that begin here and lie so many elements apart.
+  // Rows, or heads: where the first begins, and the elements from one to the next.
   template <class... Strides>
   Wideness& of(const void* first, Strides... strides) {
     return look(first, bytes_, strides...);

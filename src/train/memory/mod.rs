@@ -164,7 +164,7 @@ impl<'a> Setting<'a> {
         })
     }
 
-    /// The same with passes of so many sequences.
+    /// The same with passes of another number of sequences.
     pub const fn with_sequences(self, sequences: u32) -> Self {
         Self { extents: Extents { sequences, ..self.extents }, ..self }
     }

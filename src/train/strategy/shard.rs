@@ -98,7 +98,7 @@ pub fn stage_partition(places: &[(Stage, bool)], lens: &[u64], world: WorldSize)
     (Partition::of(&groups, lens, world), stages)
 }
 
-/// The elements that each room has, for stages of so many.
+/// The elements that each room has, for stages of these sizes.
 pub fn rooms(stages: &[(Stage, bool)], sizes: &[u64]) -> [u64; ROOMS] {
     let tied = stages.iter().any(|(_, tied)| *tied);
     let mut largest = [0; ROOMS];
